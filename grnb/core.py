@@ -64,7 +64,7 @@ def as_count(
     if x < least: raise ValueError(f"{name}: expected at least {least}, got {x}")
     return int(x)
 
-# %% ../nbs/00_core.ipynb #cd61931e
+# %% ../nbs/00_core.ipynb #abdc16f0
 def as_ids(
     ids,              # int (N,) ≥ 0 or str (N,); None is 0…N−1
     n: int|None,      # expected number; None accepts any
@@ -85,7 +85,7 @@ def as_ids(
     if a.dtype == object and "" in a: raise ValueError(f"{name}: expected non-empty strings, got ''")
     if n is not None and len(a) != n: raise ValueError(f"{name}: expected {n}, got {len(a)}")
     values, counts = np.unique(a, return_counts=True)
-    if (counts > 1).any(): raise ValueError(f"{name}: expected each id once, got {values[counts > 1][0]!r} {counts.max()} times")
+    if (counts > 1).any(): raise ValueError(f"{name}: expected each id once, got {values[counts > 1].tolist()[0]!r} {counts.max()} times")
     return a
 
 # %% ../nbs/00_core.ipynb #336e32bf

@@ -13,7 +13,7 @@ from .core import as_count, as_vectors, torch_seed
 
 # %% auto #0
 __all__ = ['Step', 'take', 'follow', 'as_codes', 'as_queries', 'Generator', 'StrongForm', 'force', 'Block', 'CodeHeads',
-           'PrefixGenerator', 'FrozenPrefix', 'T5Generator', 'load_generator']
+           'PrefixDecoder', 'PrefixGenerator', 'FrozenPrefix', 'T5Reader', 'T5Generator', 'load_generator']
 
 # %% ../nbs/15_generator.ipynb #bde1677c
 class Step(NamedTuple):
@@ -41,7 +41,7 @@ def follow(
     own = torch.arange(M, device=codes.device).expand(B, M)
     return Step(own if level > 1 else torch.zeros_like(own), codes[:, :, level - 1])
 
-# %% ../nbs/15_generator.ipynb #1c752518
+# %% ../nbs/15_generator.ipynb #1245e245
 def as_codes(
     codes,            # integers (B, L) or (B, M, L)
     sizes: tuple,     # L numbers of codes
@@ -49,7 +49,8 @@ def as_codes(
 ) -> torch.Tensor:    # int64 (B, M, L)
     "Check codes and give them as a tensor; ValueError on a wrong shape or a code outside its level"
     c = codes if isinstance(codes, torch.Tensor) else torch.from_numpy(np.asarray(codes).astype(np.int64))
-    if c.ndim not in (2, 3) or c.shape[-1] != len(sizes): raise ValueError(f"codes: expected (B, {len(sizes)}) or (B, M, {len(sizes)}), got {tuple(c.shape)}")
+    L = len(sizes)
+    if c.ndim not in (2, 3) or c.shape[-1] != L: raise ValueError(f"codes: expected (B, {L}) or (B, M, {L}), got {tuple(c.shape)}")
     c = c.long().to(device)
     if c.numel() and (c.min() < 0 or (c.flatten(0, -2).amax(0).cpu() >= torch.tensor(sizes)).any()):
         raise ValueError(f"codes: expected values from 0 and below {tuple(sizes)}")
@@ -203,15 +204,52 @@ def _check_init(init, codebooks, sizes, counter):
     sizes = list(sizes) if sizes is not None else [len(c) for c in codebooks] + ([counter] if counter else [])
     return tuple(as_count(K, "sizes") for K in sizes), None
 
-# %% ../nbs/15_generator.ipynb #db9cc20b
+# %% ../nbs/15_generator.ipynb #49b0b634
+class _Learned(Generator):
+    "A decoder with code heads; a subclass brings `start`, `step` and `hidden`"
+    def score(self, level, h, rest, beams):
+        "Step scores (B, W, K_l) from hidden states (B, W, d), and the strong form's next state"
+        if self.strong is None: return self.heads.scores(level, h), None
+        geometry, rest = self.strong.step(rest, level, beams)
+        return self.heads.scores(level, h, geometry), rest
+    def forward(self, queries, codes):
+        "Logits (B[, M], K_l) of every level, given the right prefixes, all positions in one pass"
+        flat, codes, L = np.ndim(codes) == 2, as_codes(codes, self.sizes, self.device), len(self.sizes)
+        x = [self.heads.codes(l, codes[..., l]) for l in range(L - 1)]
+        h, q = self.hidden(queries, torch.stack(x, 2) if x else None, codes.shape[1])           # (B, M, L, d)
+        geometry = force(self.strong, q, codes) if self.strong else [None] * L
+        out = [self.heads.logits(l, h[:, :, l], geometry[l]) for l in range(L)]
+        return [z[:, 0] for z in out] if flat else out
+
 class _State(NamedTuple):
     rest: torch.Tensor|None  # strong form's state (B, W, D)
     memory: list             # a layer: keys and values (B, H, P, d/H)
     past: list|None          # a layer: keys and values (B, W, H, t, d/H)
 
-# %% ../nbs/15_generator.ipynb #5d3e8577
-class PrefixGenerator(Generator):
-    "Query vector to codes through prefix vectors and a small decoder (GENIUS, section 4.2); ValueError where geometry and `dim` differ in width"
+# %% ../nbs/15_generator.ipynb #ff910e59
+class PrefixDecoder(nn.Module):
+    "The network of `PrefixGenerator`: query vectors to memories, code embeddings to hidden states"
+    def __init__(self, dim, levels, d_model, n_layers, n_heads, d_ff, n_prefix, dropout):
+        super().__init__()
+        if d_model % n_heads: raise ValueError(f"n_heads: expected a divisor of d_model {d_model}, got {n_heads}")
+        self.prefix = nn.Linear(dim, n_prefix * d_model)
+        nn.init.normal_(self.prefix.weight)                             # a unit query gives prefix entries of order 1
+        self.pos = nn.Parameter(torch.randn(levels, d_model))
+        self.prefix_norm, self.norm = nn.RMSNorm(d_model, eps=1e-6), nn.RMSNorm(d_model, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, n_layers, dropout) for _ in range(n_layers))
+    def remember(self, queries):                                        # (B, D) -> a layer: keys and values (B, H, P, d/H)
+        memory = self.prefix_norm(self.prefix(queries).unflatten(-1, (-1, self.pos.shape[1])))
+        return [b.remember(memory) for b in self.blocks]
+    def forward(self, x, memory, past=None):                            # x (B, W, T, d)
+        new = []
+        for i, block in enumerate(self.blocks):
+            x, kv = block(x, memory[i], past and past[i])
+            new.append(kv)
+        return self.norm(x), new
+
+# %% ../nbs/15_generator.ipynb #5e8b26d8
+class PrefixGenerator(_Learned):
+    "Query vector to codes through prefix vectors and a decoder (GENIUS, section 4.2); ValueError where geometry and `dim` differ in width"
     def __init__(self,
         dim: int,                  # width D of query vectors
         sizes: tuple|None=None,    # L numbers of codes; None takes the codebooks'
@@ -219,57 +257,39 @@ class PrefixGenerator(Generator):
         *,
         counter: int=0,            # codes of a last level that only tells colliding items apart
         init: str="geometry",      # or "random": plain
-        d_model: int=256, n_layers: int=2, n_heads: int=4,
-        d_ff: int|None=None,       # None is 2·d_model
+        d_model: int=256, n_layers: int=2, n_heads: int=4, d_ff: int|None=None,       # None is 2·d_model
         n_prefix: int=10,          # prefix vectors P
         dropout: float=0.1,
         scale: float=16.,          # of the strong form's step scores, at the start; a power of two keeps sums exact
         seed: int=0,
     ):
         super().__init__()
-        self.sizes, strong = _check_init(init, codebooks, sizes, counter)
-        if strong and strong.dim != dim: raise ValueError(f"dim: expected the codebooks' width {strong.dim} for init='geometry', got {dim}")
-        self.settings = dict(dim=dim, sizes=list(self.sizes), counter=counter, init=init, d_model=d_model, n_layers=n_layers, n_heads=n_heads,
-                             d_ff=d_ff, n_prefix=n_prefix, dropout=dropout, scale=scale)
-        self.strong, self.dim = strong, dim
-        with torch_seed(seed, "PrefixGenerator"): self._build(**self.settings)
-    def _build(self, dim, d_model, n_layers, n_heads, d_ff, n_prefix, dropout, scale, **_):
-        if d_model % n_heads: raise ValueError(f"n_heads: expected a divisor of d_model {d_model}, got {n_heads}")
-        self.prefix = nn.Linear(dim, n_prefix * d_model)
-        nn.init.normal_(self.prefix.weight)                                        # a unit query gives prefix entries of order 1
-        self.pos = nn.Parameter(torch.randn(len(self.sizes), d_model))
-        self.prefix_norm, self.norm = nn.RMSNorm(d_model, eps=1e-6), nn.RMSNorm(d_model, eps=1e-6)
-        self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff or 2 * d_model, n_layers, dropout) for _ in range(n_layers))
-        self.heads = CodeHeads(self.sizes, d_model, self.strong, scale)
-    def start(self, queries):                                                      # (B, D)
+        self.sizes, self.strong = _check_init(init, codebooks, sizes, counter)
+        net = dict(d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_ff=d_ff or 2 * d_model, n_prefix=n_prefix, dropout=dropout)
+        self.dim, width = dim, self.strong.dim if self.strong else dim
+        if width != dim: raise ValueError(f"dim: expected the codebooks' width {width} for init='geometry', got {dim}")
+        self.settings = dict(dim=dim, sizes=list(self.sizes), counter=counter, init=init, scale=scale, **net)
+        with torch_seed(seed, "PrefixGenerator"):
+            self.net, self.heads = PrefixDecoder(dim, len(self.sizes), **net), CodeHeads(self.sizes, d_model, self.strong, scale)
+    def start(self, queries):                                           # (B, D)
         queries = as_queries(queries, self.dim, self.device)
-        memory = self.prefix_norm(self.prefix(queries).unflatten(-1, (-1, self.pos.shape[1])))      # (B, P, d)
-        return _State(self.strong and self.strong.start(queries), [b.remember(memory) for b in self.blocks], None)
+        return _State(self.strong and self.strong.start(queries), self.net.remember(queries), None)
     def step(self, state, level, beams):
-        x = self.pos[level].expand(*beams.code.shape, -1)
+        x = self.net.pos[level].expand(*beams.code.shape, -1)
         if level: x = x + self.heads.codes(level - 1, beams.code)
-        past, geometry, rest = [], None, None
-        for i, block in enumerate(self.blocks):
-            kv = [take(t, beams.parent) for t in state.past[i]] if state.past else None
-            x, kv = block(x.unsqueeze(2), state.memory[i], kv)
-            x, past = x.squeeze(2), past + [kv]
-        if self.strong: geometry, rest = self.strong.step(state.rest, level, beams)
-        return self.heads.scores(level, self.norm(x), geometry), _State(rest, state.memory, past)
-    def forward(self, queries, codes):
-        "Logits (B[, M], K_l) of every level, given the right prefixes, all positions in one pass"
-        flat, codes = np.ndim(codes) == 2, as_codes(codes, self.sizes, self.device)
-        state, (B, M, L) = self.start(queries), codes.shape
-        x = torch.stack([self.heads.codes(l, codes[..., l]) for l in range(L - 1)], 2) if L > 1 else self.pos.new_zeros(B, M, 0, self.pos.shape[1])
-        x = F.pad(x, (0, 0, 1, 0)) + self.pos                                      # (B, M, L, d)
-        for block, memory in zip(self.blocks, state.memory): x, _ = block(x, memory)
-        x, geometry = self.norm(x), force(self.strong, queries, codes) if self.strong else [None] * L
-        out = [self.heads.logits(l, x[:, :, l], geometry[l]) for l in range(L)]
-        return [z[:, 0] for z in out] if flat else out
+        past = [[take(t, beams.parent) for t in kv] for kv in state.past] if level else None
+        h, past = self.net(x.unsqueeze(2), state.memory, past)
+        scores, rest = self.score(level, h.squeeze(2), state.rest, beams)
+        return scores, _State(rest, state.memory, past)
+    def hidden(self, queries, x, M):                                    # x: embeddings (B, M, L−1, d) or None
+        q, pos = as_queries(queries, self.dim, self.device), self.net.pos
+        x = pos.expand(len(q), M, 1, -1) if x is None else F.pad(x, (0, 0, 1, 0)) + pos
+        return self.net(x, self.net.remember(q))[0], q
 
-# %% ../nbs/15_generator.ipynb #ff8e9120
+# %% ../nbs/15_generator.ipynb #0069595b
 def _product(weight, bf16):
     "x ↦ x·weightᵀ in fp32 or bf16, float32 in and out; packed for oneDNN where there is one"
-    w = weight.to(torch.bfloat16 if bf16 else torch.float32).contiguous()
+    w = weight.detach().to(torch.bfloat16 if bf16 else torch.float32, copy=True, memory_format=torch.contiguous_format)
     run = lambda x: F.linear(x, w)
     if w.device.type == "cpu" and torch.backends.mkldnn.is_available():
         try:
@@ -278,11 +298,11 @@ def _product(weight, bf16):
         except (AttributeError, RuntimeError): pass                     # a torch without these operators: its own product
     return (lambda x: run(x.bfloat16()).float()) if bf16 else run
 
-# %% ../nbs/15_generator.ipynb #0593c08e
+# %% ../nbs/15_generator.ipynb #fa5d176c
 class _FastBlock:
     "One decoder layer with gains and scales folded into packed weights"
     def __init__(self, block, bf16):
-        one, two, three = (n.weight.detach() for n in block.norms)
+        one, two, three = (n.weight.detach().clone() for n in block.norms)
         w = {k: getattr(block, k).weight.detach() for k in ("qkv", "out", "query", "memory", "cross", "up", "down")}
         d, self.H, self.eps, self.bf16 = len(one), block.n_heads, block.norms[0].eps, bf16
         root = (d // self.H) ** -0.5
@@ -314,119 +334,59 @@ class _FastBlock:
         x = x + torch.bmm(s.to(folded[1].dtype), folded[1]).flatten(0, 1)
         return x + self.down(F.gelu(self.up(self.norm(x)))), kv
 
-# %% ../nbs/15_generator.ipynb #e3378c6c
+# %% ../nbs/15_generator.ipynb #afd5950f
+def _first_layer(block, pos, emb, limit):
+    "A level: the first layer's inputs for every last code, and their q, k, v (None where the table would pass `limit` numbers)"
+    x = [pos[:1].clone()] + [e + p for e, p in zip(emb, pos[1:])]
+    small = 3 * sum(t.numel() for t in x) <= limit
+    return [(t, block.qkv(block.norm(t)) if small else None) for t in x]
+
+# %% ../nbs/15_generator.ipynb #de101c3a
 class FrozenPrefix:
-    "A snapshot of a `PrefixGenerator` for search: the same scores up to rounding, fewer and faster products; later training does not reach it"
+    "A snapshot of a `PrefixGenerator` for search: the same scores up to rounding from fewer and faster products; later training does not reach it"
     table_limit = 2 ** 24                                               # numbers in the first layer's table: 64 MiB
+    @torch.no_grad()
     def __init__(self,
         generator: PrefixGenerator,
         bf16: bool=False,            # products in bfloat16; geometry, norms and sums stay float32
     ):
-        self.sizes, self.device, self.pos = generator.sizes, generator.device, generator.pos.detach().clone()
-        self.strong, self.dim = generator.strong, generator.dim
-        self.prefix, self.bias = _product(generator.prefix.weight.detach(), bf16), generator.prefix.bias.detach().clone()
-        self.gain, heads, norm = generator.prefix_norm.weight.detach().clone(), generator.heads, generator.norm.weight.detach()
-        self.blocks = [_FastBlock(b, bf16) for b in generator.blocks]
-        W = [h.weight.detach() for h in heads.heads]
-        self.heads = [_product((w - w.mean(0) if self.strong else w) * norm, bf16) for w in W]
-        self.bias_out = [None if self.strong else h.bias.detach().clone() for h in heads.heads]
-        self.scale = float(heads.scale0 * heads.log_scale.detach().exp()) if self.strong else None
-        self._table(heads)
-    def _table(self, heads):
-        "The first layer's input, and its q, k, v where the table is small enough, for every level and last code"
-        emb = heads.embed.weight.detach().split(list(self.sizes))
-        x = [self.pos[:1]] + [e + self.pos[l + 1] for l, e in enumerate(emb[:-1])]
-        self.inputs, block = x, self.blocks[0]
-        small = sum(t.numel() for t in x) * 3 <= self.table_limit
-        self.qkv = [block.qkv(block.norm(t)) if small else None for t in x]
+        net, heads = generator.net, generator.heads
+        self.sizes, self.device, self.dim, self.strong = generator.sizes, generator.device, generator.dim, generator.strong
+        self.blocks = [_FastBlock(b, bf16) for b in net.blocks]
+        self.prefix, self.bias, self.gain = _product(net.prefix.weight, bf16), net.prefix.bias.clone(), net.prefix_norm.weight.clone()
+        centre = lambda w: w - w.mean(0) if self.strong else w
+        self.heads = [_product(centre(h.weight) * net.norm.weight, bf16) for h in heads.heads]
+        self.biases = [None if self.strong else h.bias.clone() for h in heads.heads]
+        self.scale = float(heads.scale0 * heads.log_scale.exp()) if self.strong else None
+        self.first = _first_layer(self.blocks[0], net.pos, heads.embed.weight.split(list(self.sizes)), self.table_limit)
     @torch.no_grad()
     def start(self, queries):                                           # (B, D)
         queries = as_queries(queries, self.dim, self.device)
-        memory = (self.prefix(queries) + self.bias).unflatten(-1, (-1, self.pos.shape[1]))
+        memory = (self.prefix(queries) + self.bias).unflatten(-1, (-1, len(self.gain)))
         memory = self.blocks[0].norm(memory) * self.gain                # (B, P, d)
         return _State(self.strong and self.strong.start(queries), [b.fold(memory) for b in self.blocks], None)
     @torch.no_grad()
     def step(self, state, level, beams):
-        B, W = beams.code.shape
+        (B, W), (inputs, table) = beams.code.shape, self.first[level]
         code = beams.code.flatten() if level else torch.zeros(B, dtype=torch.int64, device=self.device)
-        x, past, geometry, rest = self.inputs[level][code], [], None, None            # (B·W, d)
-        flat = (beams.parent + state.past[0].shape[0] // B * torch.arange(B, device=self.device)[:, None]).flatten() if level else None
+        x, past, qkv = inputs[code], [], None if table is None else table[code]       # (B·W, d)
+        flat = (beams.parent + len(state.past[0]) // B * torch.arange(B, device=self.device)[:, None]).flatten() if level else None
         for i, block in enumerate(self.blocks):
-            qkv = self.qkv[level][code] if i == 0 and self.qkv[level] is not None else None
-            x, kv = block(x, qkv, state.memory[i], state.past[i][flat] if level else None)
+            x, kv = block(x, None if i else qkv, state.memory[i], state.past[i][flat] if level else None)
             past.append(kv)
         z = self.heads[level](self.blocks[0].norm(x)).view(B, W, -1)
-        if self.strong is None: return (z + self.bias_out[level]).log_softmax(-1), _State(None, state.memory, past)
+        if self.strong is None: return (z + self.biases[level]).log_softmax(-1), _State(None, state.memory, past)
         geometry, rest = self.strong.step(state.rest, level, beams)
         return z + self.scale * geometry, _State(rest, state.memory, past)
 
-# %% ../nbs/15_generator.ipynb #0e996c91
+# %% ../nbs/15_generator.ipynb #4e826082
 def _t5(config, seed):
     "A T5 from a config (dict or `T5Config`), or with weights from a folder or hub name"
     from transformers import T5Config, T5Model
     if isinstance(config, str): return T5Model.from_pretrained(config, dtype=torch.float32)
-    if not isinstance(config, (dict, T5Config)): raise ValueError(f"config: expected a dict, a T5Config, or the name or folder of a checkpoint, got {type(config).__name__}")
-    with torch_seed(seed, "T5"): return T5Model(T5Config.from_dict(dict(config)) if isinstance(config, dict) else config)
-
-# %% ../nbs/15_generator.ipynb #d3ad9d01
-class T5Generator(Generator):
-    "Text to codes through a T5 (GRDR, section 1.6); queries are the pair (input_ids, attention_mask), each (B, S)"
-    def __init__(self,
-        config,                    # T5 settings (dict or `T5Config`), or a checkpoint's folder or hub name
-        sizes: tuple|None=None,    # L numbers of codes; None takes the codebooks'
-        codebooks: list|None=None, # L arrays (K_l, D), needed for geometry
-        *,
-        counter: int=0,            # codes of a last level that only tells colliding items apart
-        init: str="random",        # or "geometry"
-        scale: float=16.,          # of the strong form's step scores, at the start
-        seed: int=0,
-    ):
-        super().__init__()
-        self.sizes, self.strong = _check_init(init, codebooks, sizes, counter)
-        self.t5 = _t5(config, seed)
-        d = self.t5.config.d_model
-        self.settings = dict(config=self.t5.config.to_diff_dict(), sizes=list(self.sizes), counter=counter, init=init, scale=scale)
-        with torch_seed(seed, "T5Generator"):
-            self.begin = nn.Parameter(torch.randn(d))                   # its own vector, so that no code is mistaken for the start
-            self.heads = CodeHeads(self.sizes, d, self.strong, scale)
-            if self.strong: self.place = nn.Linear(d, self.strong.dim, bias=False)
-    def encode(self, queries):
-        "Memory (B, S, d), its mask as a boolean (B, S), and the query vectors (B, D), None without geometry"
-        ids, mask = (torch.as_tensor(x).long().to(self.device) for x in queries)
-        memory = self.t5.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        if self.strong is None: return memory, mask.bool(), None
-        mean = (memory * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-        return memory, mask.bool(), F.normalize(self.place(mean), dim=-1)
-    def query_vectors(self, queries):
-        "Unit vectors (B, D) of the text among the codewords; ValueError without geometry"
-        if self.strong is None: raise ValueError("init: expected 'geometry', because only then does text have a place among the codewords")
-        return self.encode(queries)[2]
-    def start(self, queries):
-        memory, mask, q = self.encode(queries)
-        kv = [[_heads(f(memory), b.layer[1].EncDecAttention) for f in (b.layer[1].EncDecAttention.k, b.layer[1].EncDecAttention.v)]
-              for b in self.t5.decoder.block]
-        L, first = len(self.sizes), self.t5.decoder.block[0].layer[0].SelfAttention
-        return _T5State(self.strong and self.strong.start(q), kv, None, mask[:, None, None], first.compute_bias(L, L))
-    def step(self, state, level, beams):
-        x = self.heads.codes(level - 1, beams.code) if level else self.begin.expand(*beams.code.shape, -1)
-        past, geometry, rest = [], None, None                           # x (B, W, d)
-        for i, block in enumerate(self.t5.decoder.block):
-            old = [take(t, beams.parent) for t in state.past[i]] if level else None
-            x, kv = _t5_step(block, x, state.memory[i], old, state.mask, state.bias[:, :, level, :level + 1])
-            past.append(kv)
-        if self.strong: geometry, rest = self.strong.step(state.rest, level, beams)
-        h = self.t5.decoder.final_layer_norm(x)
-        return self.heads.scores(level, h, geometry), state._replace(rest=rest, past=past)
-    def forward(self, queries, codes):
-        "Logits (B[, M], K_l) of every level, given the right prefixes, through the decoder of `transformers`"
-        flat, codes = np.ndim(codes) == 2, as_codes(codes, self.sizes, self.device)
-        (memory, mask, q), (B, M, L) = self.encode(queries), codes.shape
-        x = [self.begin.expand(B, M, -1)] + [self.heads.codes(l, codes[..., l]) for l in range(L - 1)]
-        x = self.t5.decoder(inputs_embeds=torch.stack(x, 2).flatten(0, 1), encoder_hidden_states=memory.repeat_interleave(M, 0),
-                            encoder_attention_mask=mask.long().repeat_interleave(M, 0), use_cache=False).last_hidden_state.unflatten(0, (B, M))
-        geometry = force(self.strong, q, codes) if self.strong else [None] * L
-        out = [self.heads.logits(l, x[:, :, l], geometry[l]) for l in range(L)]
-        return [z[:, 0] for z in out] if flat else out
+    if isinstance(config, dict): config = T5Config.from_dict(dict(config))
+    if not isinstance(config, T5Config): raise ValueError(f"config: expected a dict, a T5Config, or a checkpoint's name, got {type(config).__name__}")
+    with torch_seed(seed, "T5"): return T5Model(config)
 
 # %% ../nbs/15_generator.ipynb #18ab77ae
 class _T5State(NamedTuple):
@@ -450,6 +410,65 @@ def _t5_step(block, x, memory, past, mask, bias):
     y = F.scaled_dot_product_attention(_heads(c.q(h), c), *memory, attn_mask=mask, scale=1.)
     x = x + other.dropout(c.o(y.transpose(1, 2).flatten(2)))
     return block.layer[-1](x), (k, v)
+
+# %% ../nbs/15_generator.ipynb #5aa5aff2
+class T5Reader(_Learned):
+    "What `T5Generator` does with whole sequences: text to memory and to a place among the codewords, and teacher forcing"
+    def encode(self, queries):
+        "Memory (B, S, d), its mask as a boolean (B, S), and the query vectors (B, D), None without geometry"
+        ids, mask = (torch.as_tensor(x).long().to(self.device) for x in queries)
+        if ids.ndim != 2 or ids.shape != mask.shape: raise ValueError(f"queries: expected two of (B, S), got {tuple(ids.shape)} and {tuple(mask.shape)}")
+        memory = self.t5.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        if self.strong is None: return memory, mask.bool(), None
+        mean = (memory * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return memory, mask.bool(), F.normalize(self.place(mean), dim=-1)
+    def query_vectors(self, queries):
+        "Unit vectors (B, D) of the text among the codewords; ValueError without geometry"
+        if self.strong is None: raise ValueError("init: expected 'geometry', because only then does text have a place among the codewords")
+        return self.encode(queries)[2]
+    def hidden(self, queries, x, M):                                    # through the decoder of `transformers`
+        memory, mask, q = self.encode(queries)
+        begin = self.begin.expand(len(memory), M, 1, -1)
+        x = begin if x is None else torch.cat([begin, x], 2)            # (B, M, L, d)
+        h = self.t5.decoder(inputs_embeds=x.flatten(0, 1), encoder_hidden_states=memory.repeat_interleave(M, 0),
+                            encoder_attention_mask=mask.long().repeat_interleave(M, 0), use_cache=False).last_hidden_state
+        return h.unflatten(0, (len(memory), M)), q
+
+# %% ../nbs/15_generator.ipynb #ac867c46
+class T5Generator(T5Reader):
+    "Text to codes through a T5 (GRDR, section 1.6); queries are the pair (input_ids, attention_mask), each (B, S)"
+    def __init__(self,
+        config,                    # T5 settings (dict or `T5Config`), or a checkpoint's folder or hub name
+        sizes: tuple|None=None,    # L numbers of codes; None takes the codebooks'
+        codebooks: list|None=None, # L arrays (K_l, D), needed for geometry
+        *,
+        counter: int=0,            # codes of a last level that only tells colliding items apart
+        init: str="random",        # or "geometry"
+        scale: float=16.,          # of the strong form's step scores, at the start
+        seed: int=0,
+    ):
+        super().__init__()
+        self.sizes, self.strong = _check_init(init, codebooks, sizes, counter)
+        self.t5 = _t5(config, seed)
+        d = self.t5.config.d_model
+        self.settings = dict(config=self.t5.config.to_diff_dict(), sizes=list(self.sizes), counter=counter, init=init, scale=scale)
+        with torch_seed(seed, "T5Generator"):
+            self.begin = nn.Parameter(torch.randn(d))                   # its own vector, so that no code is mistaken for the start
+            self.heads = CodeHeads(self.sizes, d, self.strong, scale)
+            if self.strong: self.place = nn.Linear(d, self.strong.dim, bias=False)
+    def start(self, queries):
+        (memory, mask, q), blocks, L = self.encode(queries), self.t5.decoder.block, len(self.sizes)
+        cross = [b.layer[1].EncDecAttention for b in blocks]
+        kv = [[_heads(f(memory), c) for f in (c.k, c.v)] for c in cross]
+        return _T5State(self.strong and self.strong.start(q), kv, None, mask[:, None, None], blocks[0].layer[0].SelfAttention.compute_bias(L, L))
+    def step(self, state, level, beams):
+        x, past = self.heads.codes(level - 1, beams.code) if level else self.begin.expand(*beams.code.shape, -1), []        # (B, W, d)
+        for i, block in enumerate(self.t5.decoder.block):
+            old = [take(t, beams.parent) for t in state.past[i]] if level else None
+            x, kv = _t5_step(block, x, state.memory[i], old, state.mask, state.bias[:, :, level, :level + 1])
+            past.append(kv)
+        scores, rest = self.score(level, self.t5.decoder.final_layer_norm(x), state.rest, beams)
+        return scores, state._replace(rest=rest, past=past)
 
 # %% ../nbs/15_generator.ipynb #366cccb8
 def load_generator(

@@ -13,9 +13,9 @@ from .core import atomic_path, fingerprint, read_json, write_json
 from .metrics import Estimate
 
 # %% auto #0
-__all__ = ['SOURCES', 'PACKAGES', 'VERDICTS', 'cell', 'Table', 'pivot', 'provenance', 'save_results', 'load_results', 'text',
-           'note', 'markdown', 'latex', 'write_table', 'style', 'save_figure', 'curves', 'claim', 'ledger', 'redraw',
-           'draw_latency', 'draw_beams', 'draw_ledger']
+__all__ = ['SOURCES', 'PACKAGES', 'STORED', 'VERDICTS', 'cell', 'Table', 'pivot', 'provenance', 'save_results', 'load_results',
+           'text', 'note', 'markdown', 'latex', 'write_table', 'style', 'save_figure', 'curves', 'claim', 'ledger',
+           'redraw', 'draw_latency', 'draw_beams', 'draw_ledger']
 
 # %% ../nbs/21_report.ipynb #0365fc65
 SOURCES = ("this run", "paper")
@@ -169,7 +169,9 @@ def _headings(table):
         out.append((group, f"{name} ({unit})" if unit else name))
     return out
 
-# %% ../nbs/21_report.ipynb #d14385fa
+# %% ../nbs/21_report.ipynb #97dce582
+STORED = ("flickr8k",)  # datasets that only GRNB_DATA brings
+
 def note(
     cells: list,  # of `cell`
 ) -> str:
@@ -178,6 +180,7 @@ def note(
     plain = lambda v: f"{v[0]:,}" if len(v) == 1 else f"{v[0]:,} to {v[-1]:,}"
     parts = [f"{name}: {plain(v)}" for name, key in (("Queries", "n"), ("Seeds", "seeds")) if (v := span(key))]
     if any(c.get("low") is not None for c in cells): parts.append("95 % intervals: bootstrap over items and seeds")
+    if any(c["dataset"].startswith(STORED) and c["source"] == "this run" for c in cells): parts.append("Stored result, recomputed only where GRNB_DATA holds the data")
     return ". ".join([*parts, f"Dataset: {', '.join(span('dataset'))}", f"Source: {', '.join(span('source'))}."])
 
 # %% ../nbs/21_report.ipynb #9d36850a
@@ -252,26 +255,28 @@ def save_figure(
     with atomic_path(Path(folder)/f"{name}.md") as tmp: tmp.write_text(f"![{caption}]({name}.png)\n\n{caption}\n", encoding="utf-8")
     return Path(folder)/f"{name}.png"
 
-# %% ../nbs/21_report.ipynb #fd752165
+# %% ../nbs/21_report.ipynb #0870f17d
 def curves(
     cells: list,               # of `cell`; series (or row) names the curve, x (or column) the place
     xlabel: str,               # with unit
     ylabel: str,               # with unit
     logx: bool=True,           # logarithmic axes
     logy: bool=False,
+    sharey: bool=True,         # one scale for all panels
     dashed=("exact", "faiss"), # curves whose names begin so are drawn dashed: what is compared against
 ):                             # a matplotlib figure
     "One curve a series in a plot a panel; a series with a single cell and no x is a level line; bands are intervals"
     import matplotlib.pyplot as plt
     style()
     panels = list(dict.fromkeys(c.get("panel", "") for c in cells))
-    fig, axes = plt.subplots(1, len(panels), figsize=(1.2 + 4.2 * len(panels), 3.7), sharey=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, len(panels), figsize=(1.2 + 4.2 * len(panels), 3.7), sharey=sharey, squeeze=False, layout="constrained")
     names = list(dict.fromkeys(_series(c) for c in cells))
     for ax, panel in zip(axes[0], panels):
-        for axis, log, scale in (ax.xaxis, logx, ax.set_xscale), (ax.yaxis, logy, ax.set_yscale):
-            if log: scale("log"); axis.set_major_formatter(lambda v, _: f"{v:,.{max(0, -math.floor(math.log10(v)))}f}")
+        if logx: ax.set_xscale("log")
+        if logy: ax.set_yscale("log"); ax.yaxis.set_major_formatter(lambda v, _: _short(v))
         for i, name in enumerate(names):
             _curve(ax, [c for c in cells if c.get("panel", "") == panel and _series(c) == name], name, i, name.startswith(tuple(dashed)))
+        if len(ticks := sorted({p for c in cells if (p := _place(c)) is not None})) <= 8: ax.set_xticks(ticks, map(_short, ticks)); ax.set_xticks([], minor=True)
         ax.set(title=panel, xlabel=xlabel)
     axes[0, 0].set_ylabel(ylabel)
     handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels())}
@@ -279,8 +284,13 @@ def curves(
     plt.close(fig)                       # the caller shows or saves it
     return fig
 
-# %% ../nbs/21_report.ipynb #d61ed2cf
+# %% ../nbs/21_report.ipynb #560c1dfa
 def _series(c): return c.get("series") or c["row"]
+
+def _short(v):
+    "A tick's label: 0.01, 10, 10 k, 1 M"
+    size, unit = next((p for p in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if abs(v) >= p[0]), (1, ""))
+    return f"{v / size:.6g}{unit}"
 
 def _curve(ax, cells, name, i, dashed):
     "Draw one series: a line with its band, or a level line where there is no x"
@@ -290,7 +300,8 @@ def _curve(ax, cells, name, i, dashed):
     if points:
         x, y, low, high = zip(*points)
         ax.plot(x, y, marker="osD^vPX*<>"[i % 10], markersize=4.5, linewidth=1.6, **look)
-        if None not in low + high: ax.fill_between(x, low, high, color=look["color"], alpha=.15, linewidth=0)
+        if None not in low + high and len(x) > 1: ax.fill_between(x, low, high, color=look["color"], alpha=.15, linewidth=0)
+        elif None not in low + high: ax.vlines(x, low, high, color=look["color"], linewidth=1.2)
     elif cells: ax.axhline(cells[0]["value"], linewidth=1.4, **look)
 
 def _place(c):
@@ -356,7 +367,7 @@ def draw_latency(
     fig = curves(cells, "pool (items)", "latency (ms a query)", logy=True)
     return fig, save_figure(fig, figures, "latency", f"{r['caption']} {note(cells)}".strip())
 
-# %% ../nbs/21_report.ipynb #8c171870
+# %% ../nbs/21_report.ipynb #3baae560
 def draw_beams(
     figures="figures",          # the folder that holds results/ and the figures
     name: str="flickr8k",       # the result
@@ -368,7 +379,7 @@ def draw_beams(
     cells = [c for c in r["values"] if c["column"] == column and ("x" in c or c["row"].startswith(tuple(levels)))]
     if not any("x" in c for c in cells): raise ValueError(f"column: no cell of {name} in column {column!r} has an x to draw it at")
     units = {c.get("unit") for c in cells} - {""}
-    fig = curves(cells, "beam (IDs)", f"{column} ({', '.join(units)})" if units else column)
+    fig = curves(cells, "beam (IDs)", f"{column} ({', '.join(units)})" if units else column, sharey=False)
     return fig, save_figure(fig, figures, f"{name}_beams", f"{r['caption']} {note(cells)}".strip())
 
 # %% ../nbs/21_report.ipynb #45bf20a6

@@ -96,7 +96,7 @@ def path(
     r = between(SIZES, *within(latent, "size")) * np.where(motion == 4, 1 + 0.25 * beat, 1)
     return tuple(np.float32(v) for v in (x, y, r, np.where((motion == 7) & (beat < 0), 0.25, 1)))
 
-# %% ../../nbs/03_data_render.ipynb #5c15664d
+# %% ../../nbs/03_data_render.ipynb #64e78a30
 _LIGHT = np.float32([[1.0, 1.0, 1.0], [0.2, 0.24, 0.42], [0.78, 0.5, 0.42]])   # as WORDS["light"]
 _HIGH = np.float32([[.70, .85, .98], [.16, .42, .20], [.75, .78, .84], [.98, .88, .66], [.86, .89, .95], [.66, .86, .96]])  # upper colour, as WORDS["place"]
 _LOW = np.float32([[.10, .36, .62], [.30, .20, .12], [.40, .40, .44], [.86, .64, .32], [1.0, 1.0, 1.0], [.38, .68, .22]])   # lower colour
@@ -118,6 +118,7 @@ def texture(
     if place == 4: return edge(y - 20 - 3 * np.sin(0.15 * x + s)), 0.35 * spots(0.1) - 0.18  # flakes
     return edge(y - 8 - 2 * np.sin(0.2 * x + s)), 0.45 * spots(0.1) * (y > 11)   # flowers
 
+# %% ../../nbs/03_data_render.ipynb #6349500d
 def backgrounds(
     latent: np.ndarray,  # float32 (E, LATENT)
 ) -> np.ndarray:         # float32 (E, SIDE, SIDE, 3) in [0, 1]
@@ -221,9 +222,9 @@ def gallery(
     if path is not None: _save(fig, path)
     return fig
 
-# %% ../../nbs/03_data_render.ipynb #4f06b5f6
+# %% ../../nbs/03_data_render.ipynb #e6975113
 def _save(fig, path):
     "Write a figure as PNG and PDF without dates, so that a second run gives the same bytes"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(f"{path}.png", dpi=200)
+    fig.savefig(f"{path}.png", dpi=150)
     fig.savefig(f"{path}.pdf", metadata={"CreationDate": None})

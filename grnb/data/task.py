@@ -10,7 +10,7 @@ import numpy as np
 from ..core import as_vectors
 
 # %% auto #0
-__all__ = ['SPLITS', 'Qrels', 'qrels_of', 'Task']
+__all__ = ['SPLITS', 'Qrels', 'qrels_of', 'Task', 'summary']
 
 # %% ../../nbs/01_data_task.ipynb #86506d99
 class Qrels(NamedTuple):
@@ -63,7 +63,7 @@ def qrels_of(
 # %% ../../nbs/01_data_task.ipynb #8c3c7190
 SPLITS = ("train", "dev", "test", "empty")  # "empty": in the files, asked by nobody
 
-# %% ../../nbs/01_data_task.ipynb #40d5999d
+# %% ../../nbs/01_data_task.ipynb #0d8383ee
 @dataclass(frozen=True, repr=False)
 class Task:
     "Items, queries, matches and splits of one retrieval task; ValueError names the field that does not fit"
@@ -76,19 +76,9 @@ class Task:
     item_split: np.ndarray   # str (N,), one of SPLITS
     query_split: np.ndarray|None = None  # str (Q,), the split of the positive item; None fills it in
 
-    def __post_init__(self):
-        put = lambda name, value: object.__setattr__(self, name, value)
-        put("items", as_vectors(self.items, "items", (2, 3)))
-        put("queries", as_vectors(self.queries, "queries"))
-        put("texts", _as_texts(self.texts, len(self.queries)))
-        put("positives", _as_rows(self.positives, "positives", len(self.queries), len(self.items)))
-        put("item_split", _as_split(self.item_split, "item_split", len(self.items)))
-        split = self.item_split[self.positives]
-        given = split if self.query_split is None else _as_split(self.query_split, "query_split", len(self.queries))
-        if (bad := np.flatnonzero(given != split)).size:
-            raise ValueError(f"query_split: query {bad[0]} is {given[bad[0]]}, but its item {self.positives[bad[0]]} is {split[bad[0]]}")
-        put("query_split", split)
-        put("qrels", _as_qrels(self.qrels, self.positives, len(self.items)))
+    def __post_init__(self): _check(self)
+
+    def __repr__(self): return summary(self)
 
     def pool(self, splits) -> np.ndarray:
         "The item rows of one split or several, int64, ascending"
@@ -98,34 +88,56 @@ class Task:
         "The query rows of one split or several, int64, ascending"
         return np.flatnonzero(np.isin(self.query_split, _known(splits)))
 
+    def part(self, splits) -> "Task":
+        "The task on the items of one split or several and on their queries, rows numbered anew"
+        return self.sub(self.pool(splits), self.asked(splits))
+
     def sub(self, items: np.ndarray, queries: np.ndarray) -> "Task":
         "The task on some item rows and query rows; ValueError where a query's own item is left out"
         items, queries = _as_kept(items, "items", len(self.items)), _as_kept(queries, "queries", len(self.queries))
         place = np.full(len(self.items), -1, np.int64)
         place[items] = np.arange(len(items))
         own = place[self.positives[queries]]
-        if (bad := np.flatnonzero(own < 0)).size: raise ValueError(f"queries: query {queries[bad[0]]} asks for item {self.positives[queries[bad[0]]]}, which is not among the items kept")
+        if (bad := queries[own < 0]).size:
+            raise ValueError(f"queries: query {bad[0]} asks for item {self.positives[bad[0]]}, which is not among the items kept")
         return Task(self.name, self.items[items], self.queries[queries], [self.texts[q] for q in queries], own,
                     self.qrels.select(queries).restrict(items, len(self.items)), self.item_split[items])
 
-    def part(self, splits) -> "Task":
-        "The task on the items of one split or several and on their queries, rows numbered anew"
-        return self.sub(self.pool(splits), self.asked(splits))
+# %% ../../nbs/01_data_task.ipynb #24c4cd20
+def summary(
+    task: Task,
+) -> str:
+    "Sizes, matches a query, and items and queries of each split"
+    shape = " x ".join(str(n) for n in task.items.shape[1:])
+    lines = [f"Task {task.name}: {len(task.items):,} items ({shape}), {len(task.queries):,} queries ({task.queries.shape[1]})"]
+    if len(task.queries): lines[0] += f", {task.qrels.counts().mean():.1f} matches a query"
+    for s in SPLITS:
+        n, q = (task.item_split == s).sum(), (task.query_split == s).sum()
+        if n: lines.append(f"  {s:<5} {n:>9,} items {q:>9,} queries")
+    return "\n".join(lines)
 
-    def __repr__(self):
-        "Sizes, matches a query, and items and queries of each split"
-        shape = " x ".join(str(n) for n in self.items.shape[1:])
-        lines = [f"Task {self.name}: {len(self.items):,} items ({shape}), {len(self.queries):,} queries ({self.queries.shape[1]})"]
-        if len(self.queries): lines[0] += f", {self.qrels.counts().mean():.1f} matches a query"
-        for s in SPLITS:
-            n, q = (self.item_split == s).sum(), (self.query_split == s).sum()
-            if n: lines.append(f"  {s:<5} {n:>9,} items {q:>9,} queries")
-        return "\n".join(lines)
+# %% ../../nbs/01_data_task.ipynb #8a3458de
+def _check(task):
+    "Check every field of a task and store it in its own type"
+    put = lambda name, value: object.__setattr__(task, name, value)
+    put("items", as_vectors(task.items, "items", (2, 3)))
+    put("queries", as_vectors(task.queries, "queries"))
+    put("texts", _as_texts(task.texts, len(task.queries)))
+    put("positives", _as_rows(task.positives, "positives", len(task.queries), len(task.items)))
+    put("item_split", _as_split(task.item_split, "item_split", len(task.items)))
+    split = task.item_split[task.positives]
+    given = split if task.query_split is None else _as_split(task.query_split, "query_split", len(task.queries))
+    if (bad := np.flatnonzero(given != split)).size:
+        q, item = bad[0], task.positives[bad[0]]
+        raise ValueError(f"query_split: query {q} is {given[q]}, but its item {item} is {split[q]}")
+    put("query_split", split)
+    put("qrels", _as_qrels(task.qrels, task.positives, len(task.items)))
 
-# %% ../../nbs/01_data_task.ipynb #c15fcac4
+# %% ../../nbs/01_data_task.ipynb #de972504
 def _as_texts(texts, n):
     "Check the queries' texts: `n` strings"
-    if isinstance(texts, (str, bytes)) or len(texts) != n: raise ValueError(f"texts: expected {n} strings, got {'one string' if isinstance(texts, (str, bytes)) else len(texts)}")
+    if isinstance(texts, (str, bytes)): raise ValueError(f"texts: expected {n} strings, got one string")
+    if len(texts) != n: raise ValueError(f"texts: expected {n} strings, got {len(texts)}")
     for i, t in enumerate(texts):
         if not isinstance(t, str): raise ValueError(f"texts: expected strings, got {type(t).__name__} at {i}")
     return list(texts)
@@ -134,7 +146,8 @@ def _as_rows(rows, name, n, below):
     "Check `n` row numbers from 0 to `below` − 1"
     a = np.asarray(rows)
     if a.size == 0 and n == 0: return np.zeros(0, np.int64)
-    if a.ndim != 1 or a.dtype.kind not in "iu" or len(a) != n: raise ValueError(f"{name}: expected {n} whole numbers, got {a.dtype} of shape {a.shape}")
+    if a.ndim != 1 or a.dtype.kind not in "iu" or len(a) != n:
+        raise ValueError(f"{name}: expected {n} whole numbers, got {a.dtype} of shape {a.shape}")
     if n and (a.min() < 0 or a.max() >= below): raise ValueError(f"{name}: expected rows from 0 to {below - 1}, got {a.min()} to {a.max()}")
     return a.astype(np.int64)
 
@@ -145,7 +158,7 @@ def _as_kept(rows, name, n):
     if len(np.unique(a)) != len(a): raise ValueError(f"{name}: expected each row at most once")
     return a
 
-# %% ../../nbs/01_data_task.ipynb #2dbd4dcf
+# %% ../../nbs/01_data_task.ipynb #8c1118cd
 def _known(splits):
     "Check the names of splits, one or several"
     splits = (splits,) if isinstance(splits, str) else tuple(splits)
@@ -157,19 +170,23 @@ def _as_split(split, name, n):
     "Check the split of each row"
     a = np.asarray(split)
     if a.shape != (n,): raise ValueError(f"{name}: expected {n} names, got shape {a.shape}")
-    _known([str(s) for s in np.unique(a)])
+    for s in np.unique(a):
+        if s not in SPLITS: raise ValueError(f"{name}: expected names of {', '.join(SPLITS)}, got {str(s)!r}")
     return a.astype("<U5")
 
+# %% ../../nbs/01_data_task.ipynb #3db7636c
 def _as_qrels(qrels, positives, n):
     "Check matches: rows that exist, ascending within a query, the query's own item among them"
     if not isinstance(qrels, tuple) or len(qrels) != 2: raise ValueError(f"qrels: expected Qrels(indptr, rows), got {type(qrels).__name__}")
     indptr, rows = (np.asarray(a) for a in qrels)
-    if indptr.dtype.kind not in "iu" or indptr.shape != (len(positives) + 1,): raise ValueError(f"qrels.indptr: expected {len(positives) + 1} whole numbers, got {indptr.dtype} of shape {indptr.shape}")
-    if indptr[0] != 0 or indptr[-1] != len(rows) or (np.diff(indptr) < 0).any(): raise ValueError(f"qrels.indptr: expected an ascent from 0 to {len(rows)}")
-    rows = _as_rows(rows, "qrels.rows", len(rows), n)
-    out = Qrels(indptr.astype(np.int64), rows)
+    if indptr.dtype.kind not in "iu" or indptr.shape != (len(positives) + 1,):
+        raise ValueError(f"qrels.indptr: expected {len(positives) + 1} whole numbers, got {indptr.dtype} of shape {indptr.shape}")
+    if indptr[0] != 0 or indptr[-1] != len(rows) or (np.diff(indptr) < 0).any():
+        raise ValueError(f"qrels.indptr: expected an ascent from 0 to {len(rows)}, got {indptr[0]} to {indptr[-1]}")
+    out = Qrels(indptr.astype(np.int64), _as_rows(rows, "qrels.rows", len(rows), n))
     q = out.queries()
-    if (np.diff(rows)[np.diff(q) == 0] <= 0).any(): raise ValueError("qrels.rows: expected ascending rows within a query, each once")
-    own = np.bincount(q[rows == positives[q]], minlength=len(positives))
+    if (bad := np.flatnonzero((np.diff(out.rows) <= 0) & (np.diff(q) == 0))).size:
+        raise ValueError(f"qrels.rows: expected ascending rows within a query, got {rows[bad[0]]} before {rows[bad[0] + 1]} in query {q[bad[0]]}")
+    own = np.bincount(q[out.rows == positives[q]], minlength=len(positives))
     if (bad := np.flatnonzero(own == 0)).size: raise ValueError(f"qrels: query {bad[0]} does not match its own item {positives[bad[0]]}")
     return out

@@ -27,7 +27,7 @@ class FreeCodes:
         z = torch.zeros_like(at)
         return Beams(scores, at // steps.shape[2], at % steps.shape[2], z, z, z)
 
-# %% ../../nbs/16_decode_beam.ipynb #86f73422
+# %% ../../nbs/16_decode_beam.ipynb #aff0182d
 def _parts(queries, lo=0, hi=None):
     "Rows lo to hi of queries that are one array or a tuple of arrays"
     cut = lambda p: p[lo:hi] if isinstance(p, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(p[lo:hi]))
@@ -46,7 +46,8 @@ def _searching(generator):
         if training: generator.train()
 
 def _check_sizes(generator, trie):
-    if tuple(generator.sizes) != tuple(trie.sizes): raise ValueError(f"trie: expected levels of the generator's sizes {tuple(generator.sizes)}, got {tuple(trie.sizes)}")
+    have, want = tuple(trie.sizes), tuple(generator.sizes)
+    if have != want: raise ValueError(f"trie: expected levels of the generator's sizes {want}, got {have}")
 
 # %% ../../nbs/16_decode_beam.ipynb #8d830220
 def descend(

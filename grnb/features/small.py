@@ -133,32 +133,32 @@ def encode_scenes(
     parts = [encoder.encode_videos(*render(scenes.take(lo, min(lo + chunk, len(scenes))))) for lo in progress(range(0, len(scenes), chunk), "rendering")]
     return np.concatenate(parts)
 
-# %% ../../nbs/09_features_small.ipynb #551e8045
+# %% ../../nbs/09_features_small.ipynb #2888f3b8
 def training_batch(
     step: int,
     words: list,       # the vocabulary
-    size: int=160,     # videos B
-) -> tuple:            # frames (B·4, 2, …), sound (B·4, 2, S), tokens (B, T), view (B,) asked for, hits bool (B, B·4)
-    "Fresh videos, a caption of one event of each, and which views of the batch it matches"
+    size: int=160,     # videos B, of E events
+) -> tuple:            # frames (B·4, 2, …), sound (B·4, 2, S), tokens (E, T), view (E,) described, hits bool (E, B·4)
+    "Fresh videos, a caption of every event, the view it describes, and all views of the batch it matches"
     seed = TRAIN_SEED + step
-    scenes, draw = make_scenes(size, seed), rng(seed, "training")
-    shown = scenes.shown()[0]
-    quarter = draw.integers(0, QUARTERS, size)
-    event, said = shown[np.arange(size), quarter], words_of(scenes.latent)
-    captions = make_captions(said, event, each=1, seed=seed)
-    seen = said[:, shown.reshape(-1)].T                                                          # (B·4, A)
-    hits = ((said[:, event].T[:, None] == seen) | ~captions.mentions[:, None]).all(-1)             # (B, B·4)
+    scenes = make_scenes(size, seed)
+    shown, said = scenes.shown()[0].reshape(-1), words_of(scenes.latent)
+    captions = make_captions(said, np.arange(len(scenes.quarters)), each=1, seed=seed)
+    first = np.searchsorted(shown, captions.events)                                             # an event's views follow one another
+    view = first + rng(seed, "training").integers(0, scenes.quarters)                           # one of them
+    hits = ((said.T[:, None] == said.T[shown]) | ~captions.mentions[:, None]).all(-1)            # (E, B·4)
     frames, sound = render(scenes)
     return (torch.from_numpy(frames.reshape(-1, 2, SIDE, SIDE, 3)), torch.from_numpy(sound_features(sound.reshape(-1, 2, SAMPLES))),
-            torch.from_numpy(tokens(captions.texts, words)), torch.from_numpy(np.arange(size) * QUARTERS + quarter), torch.from_numpy(hits))
+            torch.from_numpy(tokens(captions.texts, words)), torch.from_numpy(view), torch.from_numpy(hits))
 
-# %% ../../nbs/09_features_small.ipynb #717d9bb8
+# %% ../../nbs/09_features_small.ipynb #a83a38bc
 def _contrast(logits, truth, hits):
-    "Cross-entropy of queries to targets and back; other matches are no negatives"
-    own = torch.zeros_like(hits).scatter_(1, truth[:, None], True)
-    logits = logits.masked_fill(hits & ~own, -torch.inf)
-    back = logits[:, truth].T
-    return (F.cross_entropy(logits, truth) + F.cross_entropy(back, torch.arange(len(truth)))) / 2
+    "Cross-entropy of E captions to targets and back, (E, T); other matches are no negatives"
+    row = torch.arange(len(truth))
+    own = torch.zeros_like(hits).index_put_((row, truth), torch.tensor(True))
+    there = logits.masked_fill(hits & ~own, -torch.inf)
+    back = logits[:, truth].T.masked_fill(hits[:, truth].T & ~torch.eye(len(row), dtype=torch.bool), -torch.inf)
+    return (F.cross_entropy(there, truth) + F.cross_entropy(back, row)) / 2
 
 # %% ../../nbs/09_features_small.ipynb #d98b331c
 def pair_loss(

@@ -15,7 +15,7 @@ from ..train import epoch_batches, info_nce, train
 # %% auto #0
 __all__ = ['Tower', 'dev_recall', 'Encoder', 'Towers']
 
-# %% ../../nbs/10_features_towers.ipynb #b76cc03f
+# %% ../../nbs/10_features_towers.ipynb #011417c3
 class Tower(nn.Module):
     "Standardise, then a linear map plus a hidden layer, then unit length"
     def __init__(self,
@@ -49,16 +49,15 @@ class Tower(nn.Module):
         z = self.noise(z)
         return F.normalize((self.skip(z) + self.mlp(z)).float(), dim=-1)
 
-    def settle(self,
-        x: torch.Tensor,     # (N, D) or (N, V, D), what the tower will be trained on
-    ):
-        "Take root, mean and deviation from the training set; a dimension that hardly varies is not blown up"
-        self.root.fill_(float((x >= 0).all()))
-        self.mean.zero_(); self.std.fill_(1)
-        z = self.prepare(x).reshape(-1, x.shape[-1])
-        self.mean.copy_(z.mean(0))
-        std = z.std(0, correction=0)
-        self.std.copy_(std.clamp(min=max(1e-2 * float(std.mean()), 1e-8)))
+# %% ../../nbs/10_features_towers.ipynb #2082d1ed
+def settle(tower, x):
+    "Take root, mean and deviation from the training set (N, D) or (N, V, D); a dimension that hardly varies is not blown up"
+    tower.root.fill_(float((x >= 0).all()))
+    tower.mean.zero_(), tower.std.fill_(1)
+    z = tower.prepare(x).reshape(-1, x.shape[-1])
+    tower.mean.copy_(z.mean(0))
+    std = z.std(0, correction=0)
+    tower.std.copy_(std.clamp(min=max(1e-2 * float(std.mean()), 1e-8)))
 
 # %% ../../nbs/10_features_towers.ipynb #d91b7849
 class Given(nn.Module):
@@ -119,11 +118,7 @@ def dev_recall(
         total += sum(float((r <= k).sum()) for r in (alone, among) for k in ks)
     return total / (2 * len(ks) * len(queries))
 
-# %% ../../nbs/10_features_towers.ipynb #b6a4ffdb
-def pair_arrays(pair):
-    "The weights of a pair by name"
-    return {k: v.detach().cpu().numpy() for k, v in pair.state_dict().items()}
-
+# %% ../../nbs/10_features_towers.ipynb #af24ab4a
 def load_pair(pair, arrays, device):
     "Put weights back into a fresh pair; ValueError where one is missing or of another shape"
     for k, v in pair.state_dict().items():
@@ -155,7 +150,7 @@ def encode_rows(side, x, views=False, size=1024):
             out.append(side(z.mean(1) if z.ndim == 3 else z).cpu())
     return unit(torch.cat(out).numpy())
 
-# %% ../../nbs/10_features_towers.ipynb #2442cbd0
+# %% ../../nbs/10_features_towers.ipynb #335ff2d5
 def spread(n, most):
     "At most `most` of n rows, evenly spread"
     return np.arange(n) if n <= most else np.linspace(0, n - 1, most).astype(np.int64)
@@ -166,7 +161,7 @@ def one_view(z):
 
 def judge(items, queries, positives, others):
     "A dev score for `train`, of prepared dev items and queries among the prepared training items; large sets are thinned out evenly"
-    asked, others = spread(len(positives), 5000), one_view(others[spread(len(others), 20_000)])
+    asked, others = spread(len(positives), 2000), one_view(others[spread(len(others), 10_000)])
     items, queries, rows = one_view(items), queries[asked], torch.from_numpy(positives[asked]).to(items.device)
     run = lambda side, z: torch.cat([side(part) for part in z.split(2048)])
     return lambda pair: dev_recall(run(pair.queries, queries), run(pair.items, items), rows, run(pair.items, others))
@@ -204,9 +199,9 @@ def feed(x, y, positives, batch_size, seed):
         return view_mix(x[p], g), mixed, torch.from_numpy(p).to(x.device)
     return batch
 
-# %% ../../nbs/10_features_towers.ipynb #0d99e3bc
+# %% ../../nbs/10_features_towers.ipynb #0fc84052
 class Sides:
-    "Encoding and saving, for towers that some subclass fits"
+    "Encoding and saving, for pairs that a subclass fits"
     pair = None                                                    # a `Pair` once fitted
 
     def _side(self, name):
@@ -229,7 +224,31 @@ class Sides:
         self.pair.to(pick_device(device))
         return self
 
-# %% ../../nbs/10_features_towers.ipynb #da63cdcc
+    def arrays(self) -> tuple[dict, dict]:
+        "Weights and facts, for `core.save_arrays`"
+        self._side("items")
+        return {k: v.detach().cpu().numpy() for k, v in self.pair.state_dict().items()}, self._facts()
+
+# %% ../../nbs/10_features_towers.ipynb #587d9da6
+def fresh_towers(items, queries, dim, hidden, noise, seed):
+    "New towers for these training vectors; unless the space is shared, standardised on them"
+    width, query_width = items.shape[-1], queries.shape[1]
+    shared = width == query_width
+    with torch_seed(seed, "towers"): pair = new_pair(width, query_width, dim or (width if shared else 512), hidden, noise)
+    if not shared: settle(pair.items, torch.from_numpy(items)), settle(pair.queries, torch.from_numpy(queries))
+    return pair
+
+def fit_towers(pair, items, queries, positives, dev, batch_size, settings):
+    "Train a fresh pair on checked pairs"
+    device = settings["device"]
+    pair.to(device)
+    ready = lambda side, x: side.prepare(torch.from_numpy(x).to(device))
+    x, y = ready(pair.items, items), ready(pair.queries, queries)
+    score = dev and judge(ready(pair.items, dev[0]), ready(pair.queries, dev[1]), dev[2], x)
+    about = fingerprint(items, queries, positives, batch_size)
+    return train(pair, feed(x, y, positives, batch_size, settings["seed"]), pair_loss, evaluate=score, about=about, desc="towers", **settings)
+
+# %% ../../nbs/10_features_towers.ipynb #95e3b5c5
 class Towers(Sides):
     "Two towers into one space, fitted on pairs; ValueError where unfitted or where shapes do not fit"
     def __init__(self,
@@ -246,47 +265,24 @@ class Towers(Sides):
         *,
         dev=None,             # (items, queries, positives) held out; the weights kept are the best on it
         steps: int|None=None, # updates; None is `epochs` over the queries, at least 200
-        epochs: float=6,
-        batch_size: int=1024,
-        **options,            # lr, seed, device, precision, checkpoint: as for `train`
+        epochs: float=6, batch_size: int=1024, lr: float=1e-3, seed: int=0, device: str="auto",
+        precision: str="no",  # "bf16" for mixed precision
+        checkpoint=None,      # a folder to resume from
     ) -> "Towers":
         "Train on pairs and keep what did best on dev"
         items, queries, positives = as_pairs(items, queries, positives)
-        held_out = dev and as_pairs(*dev, name="dev ")
+        dev = dev and as_pairs(*dev, name="dev ")
         if steps is None: steps = max(200, round(epochs * len(queries) / as_count(batch_size, "batch_size")))
-        self.pair, self.result = fit_towers(self._fresh(items, queries, options.get("seed", 0)), items, queries, positives, held_out, steps, batch_size, **options)
+        pair = fresh_towers(items, queries, self.dim, self.hidden, self.noise, seed)
+        settings = dict(steps=steps, lr=lr, seed=seed, device=pick_device(device), precision=precision, checkpoint=checkpoint)
+        self.result, self.pair = fit_towers(pair, items, queries, positives, dev, batch_size, settings), pair
         return self
 
-    def _fresh(self, items, queries, seed):
-        "New towers for these widths; unless the space is shared, standardised on the training set"
-        width, query_width = items.shape[-1], queries.shape[1]
-        shared = width == query_width
-        with torch_seed(seed, "towers"): pair = new_pair(width, query_width, self.dim or (width if shared else 512), self.hidden, self.noise)
-        if not shared: pair.items.settle(torch.from_numpy(items)), pair.queries.settle(torch.from_numpy(queries))
-        return pair
+    def _facts(self): return dict(width=self.pair.items.width, query_width=self.pair.queries.width, dim=self.pair.items.dim, hidden=self.hidden, noise=self.noise)
 
-# %% ../../nbs/10_features_towers.ipynb #cab5350b
-def fit_towers(pair, items, queries, positives, dev, steps, batch_size, *, lr=1e-3, seed=0, device="auto", precision="no", checkpoint=None):
-    "Train a fresh pair on checked pairs; returns it and the `TrainResult`"
-    device = pick_device(device)
-    pair.to(device)
-    ready = lambda side, x: side.prepare(torch.from_numpy(x).to(device))
-    x, y = ready(pair.items, items), ready(pair.queries, queries)
-    score = dev and judge(ready(pair.items, dev[0]), ready(pair.queries, dev[1]), dev[2], x)
-    about = fingerprint(items, queries, positives, batch_size)
-    return pair, train(pair, feed(x, y, positives, batch_size, seed), pair_loss, steps=steps, lr=lr, evaluate=score, checkpoint=checkpoint,
-                       seed=seed, device=device, precision=precision, about=about, desc="towers")
-
-# %% ../../nbs/10_features_towers.ipynb #a56ce637
-def towers_arrays(towers: Towers) -> tuple[dict, dict]:
-    "Weights and facts, for `core.save_arrays`"
-    a, b = towers._side("items"), towers._side("queries")
-    return pair_arrays(towers.pair), dict(width=a.width, query_width=b.width, dim=a.dim, hidden=towers.hidden, noise=towers.noise)
-
-def towers_from_arrays(cls, arrays: dict, facts: dict, device: str="cpu") -> Towers:
-    "Towers from what `arrays` gave; ValueError where a weight is missing or of another shape"
-    t = cls(facts["dim"], facts["hidden"], facts["noise"])
-    t.pair = load_pair(new_pair(facts["width"], facts["query_width"], t.dim, t.hidden, t.noise), arrays, device)
-    return t
-
-Towers.arrays, Towers.from_arrays = towers_arrays, classmethod(towers_from_arrays)
+    @classmethod
+    def from_arrays(cls, arrays: dict, facts: dict, device: str="cpu") -> "Towers":
+        "Towers from what `arrays` gave; ValueError where a weight is missing or of another shape"
+        t = cls(facts["dim"], facts["hidden"], facts["noise"])
+        t.pair = load_pair(new_pair(facts["width"], facts["query_width"], t.dim, t.hidden, t.noise), arrays, device)
+        return t
