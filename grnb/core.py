@@ -12,8 +12,8 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['as_vectors', 'unit', 'mean_view', 'as_count', 'as_ids', 'atomic_path', 'atomic_folder', 'recover_folder',
-           'write_json', 'read_json', 'save_arrays', 'load_arrays', 'rng', 'torch_seed', 'pick_device', 'progress',
-           'fingerprint', 'cores', 'in_threads', 'import_faiss']
+           'write_json', 'read_json', 'save_arrays', 'load_arrays', 'rng', 'torch_seed', 'pick_device', 'fast_bf16',
+           'progress', 'fingerprint', 'cores', 'in_threads', 'import_faiss']
 
 # %% ../nbs/00_core.ipynb #9eddbb92
 def as_vectors(
@@ -245,6 +245,18 @@ def pick_device(
     have = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if not have.get(kind): raise ValueError(f"device: {device!r} is not available here")
     return str(device)
+
+# %% ../nbs/00_core.ipynb #7a2b35d0
+def fast_bf16(
+    device: str="cpu",
+) -> bool:
+    "Does the device multiply bfloat16 in hardware? Training then uses it for matrix products; elsewhere it would be slower"
+    if device.startswith("cuda"):
+        import torch
+        return torch.cuda.is_bf16_supported()
+    try: flags = next((l for l in open("/proc/cpuinfo") if l.startswith("flags")), "")
+    except OSError: return False
+    return device == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags)
 
 # %% ../nbs/00_core.ipynb #cdd11c0f
 def progress(

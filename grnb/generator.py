@@ -286,19 +286,19 @@ class PrefixGenerator(_Learned):
         x = pos.expand(len(q), M, 1, -1) if x is None else F.pad(x, (0, 0, 1, 0)) + pos
         return self.net(x, self.net.remember(q))[0], q
 
-# %% ../nbs/15_generator.ipynb #0069595b
-def _product(weight, bf16):
-    "x ↦ x·weightᵀ in fp32 or bf16, float32 in and out; packed for oneDNN where there is one"
+# %% ../nbs/15_generator.ipynb #699702b5
+def _product(weight, bf16, gelu=False):
+    "x ↦ x·weightᵀ (then GELU) in fp32 or bf16, float32 in and out; packed for oneDNN where there is one"
     w = weight.detach().to(torch.bfloat16 if bf16 else torch.float32, copy=True, memory_format=torch.contiguous_format)
-    run = lambda x: F.linear(x, w)
+    run = lambda x: F.gelu(F.linear(x, w)) if gelu else F.linear(x, w)
     if w.device.type == "cpu" and torch.backends.mkldnn.is_available():
         try:
             packed, op = torch.ops.mkldnn._reorder_linear_weight(w, None), torch.ops.mkldnn._linear_pointwise
-            run = lambda x: op(x, packed, None, "none", [], "")
+            run = lambda x: op(x, packed, None, *(("gelu", [], "none") if gelu else ("none", [], "")))
         except (AttributeError, RuntimeError): pass                     # a torch without these operators: its own product
     return (lambda x: run(x.bfloat16()).float()) if bf16 else run
 
-# %% ../nbs/15_generator.ipynb #fa5d176c
+# %% ../nbs/15_generator.ipynb #e2605c67
 class _FastBlock:
     "One decoder layer with gains and scales folded into packed weights"
     def __init__(self, block, bf16):
@@ -309,7 +309,7 @@ class _FastBlock:
         scale = torch.ones(3 * d, 1, device=one.device)
         scale[:d] = root                                                # of the attention, on the queries' rows
         self.qkv, self.out = _product(w["qkv"] * one * scale, bf16), _product(w["out"], bf16)
-        self.up, self.down, self.memory = _product(w["up"] * three, bf16), _product(w["down"], bf16), _product(w["memory"], bf16)
+        self.up, self.down, self.memory = _product(w["up"] * three, bf16, gelu=True), _product(w["down"], bf16), _product(w["memory"], bf16)
         self.query = (w["query"] * two * root).unflatten(0, (self.H, -1))             # (H, d/H, d)
         self.cross = w["cross"].T.unflatten(0, (self.H, -1)).contiguous()             # (H, d/H, d)
     def norm(self, x): return F.rms_norm(x, x.shape[-1:], None, self.eps)
@@ -332,7 +332,7 @@ class _FastBlock:
         s = torch.bmm(rows.to(folded[0].dtype), folded[0].transpose(1, 2)).float()    # (B, W, H·P)
         s = s.unflatten(-1, (self.H, -1)).softmax(-1).flatten(-2)
         x = x + torch.bmm(s.to(folded[1].dtype), folded[1]).flatten(0, 1)
-        return x + self.down(F.gelu(self.up(self.norm(x)))), kv
+        return x + self.down(self.up(self.norm(x))), kv
 
 # %% ../nbs/15_generator.ipynb #afd5950f
 def _first_layer(block, pos, emb, limit):

@@ -11,14 +11,14 @@ from .trie import best
 # %% auto #0
 __all__ = ['cosine', 'dense']
 
-# %% ../nbs/18_rerank.ipynb #6ebfda75
-@numba.njit(nogil=True, fastmath={"reassoc", "contract"})
+# %% ../nbs/18_rerank.ipynb #5ee33857
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
 def _dot(a, b):
     s = np.float32(0)
     for d in range(len(a)): s += a[d] * np.float32(b[d])
     return s
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, cache=True)
 def _rerank(queries, vectors, rows, k, out, out_score):                       # vectors (N, V, D)
     for q in range(len(queries)):
         mine = rows[q][rows[q] >= 0]

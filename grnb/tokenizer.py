@@ -32,8 +32,8 @@ def stack(
     offsets = np.cumsum([0] + [len(c) for c in codebooks])
     return np.ascontiguousarray(np.concatenate(codebooks), np.float32), offsets.astype(np.int64)
 
-# %% ../nbs/12_tokenizer.ipynb #88534fd2
-@numba.njit(nogil=True)
+# %% ../nbs/12_tokenizer.ipynb #a71bae54
+@numba.njit(nogil=True, cache=True)
 def _assign(dots, gram, offsets, out):                       # (B, S), (S, S), (L+1,), (B, L)
     L = len(offsets) - 1
     for i in range(len(dots)):
@@ -93,7 +93,7 @@ def _check_codes(codes, codebooks):
     if len(c) and ((c < 0) | (c >= sizes)).any(): raise ValueError(f"codes: expected values below {sizes.tolist()}, got up to {c.max(0).tolist()}")
     return c.astype(np.int64)
 
-# %% ../nbs/12_tokenizer.ipynb #0f4cb6a8
+# %% ../nbs/12_tokenizer.ipynb #0a9c3daf
 class ResidualKMeans:
     "Residual k-means: nothing learned by gradient, codewords in the items' own space"
     latent = False
@@ -130,15 +130,17 @@ class ResidualKMeans:
         c = _check_codes(codes, _fitted(self).codebooks)
         return sum(b[c[:, l]] for l, b in enumerate(self.codebooks))
 
-    def save(self, path):
-        "Write a safetensors file that `load_quantizer` reads"
-        meta = dict(kind="residual_kmeans", K=self.K, L=self.L, seed=self.seed, iters=self.iters)
-        save_arrays(path, {f"codebook.{l}": b for l, b in enumerate(_fitted(self).codebooks)}, meta)
-
-# %% ../nbs/12_tokenizer.ipynb #e9ddc2aa
+# %% ../nbs/12_tokenizer.ipynb #e48f684f
 def _fitted(q):
     if not len(q.codebooks): raise ValueError(f"{type(q).__name__} is not fitted: call fit first")
     return q
+
+def _save_kmeans(self, path):
+    "Write a safetensors file that `load_quantizer` reads"
+    meta = dict(kind="residual_kmeans", K=self.K, L=self.L, seed=self.seed, iters=self.iters)
+    save_arrays(path, {f"codebook.{l}": b for l, b in enumerate(_fitted(self).codebooks)}, meta)
+
+ResidualKMeans.save = _save_kmeans
 
 # %% ../nbs/12_tokenizer.ipynb #a31dcaea
 class _RQModel(nn.Module):
@@ -178,7 +180,7 @@ def _revive(model, codes, rs, patience):
             book[dead] = rs[l][torch.randint(len(codes), (len(dead),), device=book.device)].detach()
             idle[dead] = 0
 
-# %% ../nbs/12_tokenizer.ipynb #afdbae42
+# %% ../nbs/12_tokenizer.ipynb #ef964580
 class RQVAE:
     "RQ-VAE with gradient codebooks, k-means start and revival of dead codes (arXiv 2203.01941, arXiv 2107.03312)"
     latent = True
@@ -213,44 +215,51 @@ class RQVAE:
               seed=s["seed"], device=self.device, desc="rq-vae")
         return self._ready()
 
-    def _build(self, D):
-        s = self.settings
-        with torch_seed(s["seed"], "rqvae"): self.model = _RQModel(D, s["width"], s["dim"], self.K, self.L)
+# %% ../nbs/12_tokenizer.ipynb #86b3b405
+def _build(self, D):
+    "A fresh model for vectors of width D"
+    s = self.settings
+    with torch_seed(s["seed"], "rqvae"): self.model = _RQModel(D, s["width"], s["dim"], self.K, self.L)
 
-    @torch.no_grad()
-    def _kmeans_start(self, data):
-        "Codebooks from k-means on the residuals of the untrained encoder's outputs"
-        pick = rng(self.settings["seed"], "rqvae start").permutation(len(data))[:32 * self.K[0]]
-        r = self.model.enc(data[torch.from_numpy(np.sort(pick))]).numpy()
-        for l, book in enumerate(self.model.books):
-            C = kmeans(r, self.K[l], int(rng(self.settings["seed"], "rqvae kmeans", l).integers(2**31)), iters=10)
-            book[:len(C)] = torch.from_numpy(C)
-            book[len(C):] = book[0] + 1e-2 * torch.from_numpy(rng(self.settings["seed"], "spare", l).normal(size=(self.K[l] - len(C), r.shape[1])).astype(np.float32))
-            r = r - C[residual_encode(r, [C])[:, 0]]
+@torch.no_grad()
+def _kmeans_start(self, data):
+    "Codebooks from k-means on the residuals of the untrained encoder's outputs"
+    seed = self.settings["seed"]
+    pick = rng(seed, "rqvae start").permutation(len(data))[:32 * self.K[0]]
+    r = self.model.enc(data[torch.from_numpy(np.sort(pick))]).numpy()
+    for l, book in enumerate(self.model.books):
+        C = kmeans(r, self.K[l], int(rng(seed, "rqvae kmeans", l).integers(2**31)), iters=10)
+        spare = rng(seed, "rqvae spare", l).normal(size=(self.K[l] - len(C), r.shape[1])).astype(np.float32)
+        book.copy_(torch.from_numpy(np.concatenate([C, C[:1] + .01 * spare])))         # fewer vectors than codes: copies that revival moves
+        r = r - C[residual_encode(r, [C])[:, 0]]
 
-    def _ready(self):
-        self.model = self.model.cpu().eval()
-        self.codebooks = [b.detach().numpy().copy() for b in self.model.books]
-        return self
+def _ready(self):
+    "Back to the CPU, with the codebooks as arrays"
+    self.model = self.model.cpu().eval()
+    self.codebooks = [b.detach().numpy().copy() for b in self.model.books]
+    return self
 
-    @torch.inference_mode()
-    def encode(self, x) -> np.ndarray:
-        "Codes (N, L) or (N, V, L) of vectors (N, D) or (N, V, D)"
-        x, shape = _flat(x, width=_fitted(self).model.enc[0].in_features)
-        z = [self.model.enc(torch.from_numpy(x[i:i + 8192])).numpy() for i in range(0, len(x), 8192)]
-        z = np.concatenate(z) if z else np.empty((0, self.settings["dim"]), np.float32)
-        return residual_encode(z, self.codebooks).reshape(*shape, self.L)
+# %% ../nbs/12_tokenizer.ipynb #c2db7b1d
+@torch.inference_mode()
+def _encode_vae(self, x) -> np.ndarray:
+    "Codes (N, L) or (N, V, L) of vectors (N, D) or (N, V, D)"
+    x, shape = _flat(x, width=_fitted(self).model.enc[0].in_features)
+    z = [self.model.enc(torch.from_numpy(x[i:i + 8192])).numpy() for i in range(0, len(x), 8192)]
+    z = np.concatenate(z) if z else np.empty((0, self.settings["dim"]), np.float32)
+    return residual_encode(z, self.codebooks).reshape(*shape, self.L)
 
-    @torch.inference_mode()
-    def decode(self, codes) -> np.ndarray:
-        "Vectors (N, D) that the decoder makes of the summed codewords"
-        c = _check_codes(codes, _fitted(self).codebooks)
-        return self.model.dec(torch.from_numpy(sum(b[c[:, l]] for l, b in enumerate(self.codebooks)))).numpy()
+@torch.inference_mode()
+def _decode_vae(self, codes) -> np.ndarray:
+    "Vectors (N, D) that the decoder makes of the summed codewords"
+    c = _check_codes(codes, _fitted(self).codebooks)
+    return self.model.dec(torch.from_numpy(sum(b[c[:, l]] for l, b in enumerate(self.codebooks)))).numpy()
 
-    def save(self, path):
-        "Write a safetensors file that `load_quantizer` reads"
-        meta = dict(kind="rqvae", D=_fitted(self).model.enc[0].in_features, **self.settings)
-        save_arrays(path, {k: v.numpy() for k, v in self.model.state_dict().items()}, meta)
+def _save_vae(self, path):
+    "Write a safetensors file that `load_quantizer` reads"
+    meta = dict(kind="rqvae", D=_fitted(self).model.enc[0].in_features, **self.settings)
+    save_arrays(path, {k: v.numpy() for k, v in self.model.state_dict().items()}, meta)
+
+RQVAE._build, RQVAE._kmeans_start, RQVAE._ready, RQVAE.encode, RQVAE.decode, RQVAE.save = _build, _kmeans_start, _ready, _encode_vae, _decode_vae, _save_vae
 
 # %% ../nbs/12_tokenizer.ipynb #fd239f67
 def load_quantizer(

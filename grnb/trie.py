@@ -62,7 +62,7 @@ class Beams(NamedTuple):
     hi: torch.Tensor      # int64, one past the last leaf below
     node: torch.Tensor    # int64, entry of the trie, or −1 below a closed node
 
-# %% ../nbs/14_trie.ipynb #02b14d85
+# %% ../nbs/14_trie.ipynb #b6aa6ee9
 class Trie:
     "Sorted IDs with a table of children for large prefixes"
     def __init__(self, arrays, sizes, scan):
@@ -100,27 +100,28 @@ class Trie:
         arrays["extra"] = np.repeat(np.arange(len(codes)), np.diff(np.r_[start, len(tokens)]) - 1).astype(_index(len(codes)))
         return cls(arrays, ids.sizes, scan)
 
-    def arrays(self) -> dict:
-        "The flat arrays by name"
-        return {k: getattr(self, k) for k in ("codes", "rows", "extra", "code", "lo", "hi", "first")}
+# %% ../nbs/14_trie.ipynb #b21b06cc
+def _arrays(self) -> dict:
+    "The flat arrays by name"
+    return {k: getattr(self, k) for k in ("codes", "rows", "extra", "code", "lo", "hi", "first")}
 
-    def bytes(self) -> dict:
-        "Bytes of the IDs, of the entries, and of the item rows"
-        return dict(ids=self.codes.nbytes, entries=sum(a.nbytes for a in (self.code, self.lo, self.hi, self.first)),
-                    rows=self.rows.nbytes + self.extra.nbytes)
+def _bytes(self) -> dict:
+    "Bytes of the IDs, of the entries, and of the item rows"
+    return dict(ids=self.codes.nbytes, entries=sum(a.nbytes for a in (self.code, self.lo, self.hi, self.first)), rows=self.rows.nbytes + self.extra.nbytes)
 
-    def save(self, path):
-        "Write a safetensors file that `Trie.load` reads"
-        save_arrays(path, self.arrays(), dict(kind="trie", version=1, sizes=self.sizes, scan=self.scan))
+def _save(self, path):
+    "Write a safetensors file that `Trie.load` reads"
+    save_arrays(path, self.arrays(), dict(kind="trie", version=1, sizes=self.sizes, scan=self.scan))
 
-    @classmethod
-    def load(cls, path, mmap: bool=True) -> Trie:
-        "Read or memory-map a file of `save`; ValueError where it is damaged or inconsistent"
-        arrays, meta = load_arrays(path, mmap)
-        if meta.get("kind") != "trie" or meta.get("version") != 1: raise ValueError(f"{path}: expected a trie of version 1, got {meta.get('kind')} {meta.get('version')}")
-        try: trie = cls(arrays, meta["sizes"], meta["scan"])
-        except KeyError as e: raise ValueError(f"{path}: the array {e} is missing") from None
-        return _consistent(trie, path)
+def _load(cls, path, mmap: bool=True) -> Trie:
+    "Read or memory-map a file of `save`; ValueError where it is damaged or inconsistent"
+    arrays, meta = load_arrays(path, mmap)
+    if meta.get("kind") != "trie" or meta.get("version") != 1: raise ValueError(f"{path}: expected a trie of version 1, got {meta.get('kind')} {meta.get('version')}")
+    try: trie = cls(arrays, meta["sizes"], meta["scan"])
+    except KeyError as e: raise ValueError(f"{path}: the array {e} is missing") from None
+    return _consistent(trie, path)
+
+Trie.arrays, Trie.bytes, Trie.save, Trie.load = _arrays, _bytes, _save, classmethod(_load)
 
 # %% ../nbs/14_trie.ipynb #0bf590be
 def _index(largest): return np.uint32 if largest < 2**32 - 1 else np.int64
@@ -132,8 +133,8 @@ def _consistent(t, path):
     if not (good and U and t.hi[0] == U and t.first[-1] == E and U + len(t.extra) == len(t.rows)): raise ValueError(f"{path}: the trie's arrays do not fit together")
     return t
 
-# %% ../nbs/14_trie.ipynb #65be96dd
-@numba.njit(nogil=True)
+# %% ../nbs/14_trie.ipynb #27055ec0
+@numba.njit(nogil=True, cache=True)
 def kth_largest(
     values,  # float32 (n,), reordered in place
     k,       # 1 … n
@@ -155,8 +156,8 @@ def kth_largest(
         else: break
     return values[want]
 
-# %% ../nbs/14_trie.ipynb #fa1a516d
-@numba.njit(nogil=True)
+# %% ../nbs/14_trie.ipynb #ad101e1a
+@numba.njit(nogil=True, cache=True)
 def best(
     score,  # float32 (n,)
     lo,     # int64 (n,) tie-break: lower wins
@@ -174,8 +175,8 @@ def best(
     pick = pick[np.argsort(lo[pick], kind="mergesort")]
     return pick[np.argsort(-score[pick], kind="mergesort")]
 
-# %% ../nbs/14_trie.ipynb #fec0e55a
-@numba.njit(nogil=True)
+# %% ../nbs/14_trie.ipynb #7ae72346
+@numba.njit(nogil=True, cache=True)
 def _children(lo, hi, node, level, codes, code, elo, ehi, first, out_code, out_lo, out_hi, out_node, n):
     "Append the children of one beam to the out arrays from position n; the new n"
     if node >= 0 and first[node] < first[node + 1]:
@@ -192,14 +193,14 @@ def _children(lo, hi, node, level, codes, code, elo, ehi, first, out_code, out_l
         n += 1
     return n
 
-# %% ../nbs/14_trie.ipynb #17b50c5d
-@numba.njit(nogil=True)
+# %% ../nbs/14_trie.ipynb #493960cc
+@numba.njit(nogil=True, cache=True)
 def _count(lo, hi, node, first, K):
     "No fewer than the children of one beam"
     if node >= 0 and first[node] < first[node + 1]: return np.int64(first[node + 1]) - np.int64(first[node])
     return min(hi - lo, K)
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, cache=True)
 def _advance(scores, lo, hi, node, steps, level, width, codes, code, elo, ehi, first, out, out_scores):
     B, W = scores.shape                                                          # steps (B, W, K), out (5, B, width)
     for b in range(B):

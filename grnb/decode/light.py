@@ -12,8 +12,8 @@ from ..trie import Trie, best, kth_largest
 # %% auto #0
 __all__ = ['light_search', 'LightDecoder']
 
-# %% ../../nbs/17_decode_light.ipynb #b9e9a2cb
-@numba.njit(nogil=True)
+# %% ../../nbs/17_decode_light.ipynb #9e38de9e
+@numba.njit(nogil=True, cache=True)
 def _half_norms(codes, depth, gram, offsets, out):
     "−½‖sum of the first depth[i] codewords‖² of every row of codes"
     for i in range(len(codes)):
@@ -41,8 +41,8 @@ def _depths(trie):
         begin, end = end, nxt
     return depth
 
-# %% ../../nbs/17_decode_light.ipynb #76e58976
-@numba.njit(nogil=True)
+# %% ../../nbs/17_decode_light.ipynb #1ba15835
+@numba.njit(nogil=True, cache=True)
 def _compact(key, ints, n, keep):
     "Keep the `keep` largest keys (and their columns of ints) of the first n; the new n and the threshold"
     if n <= keep: return n, np.float32(-np.inf)
@@ -59,8 +59,8 @@ def _compact(key, ints, n, keep):
             m += 1
     return m, edge
 
-# %% ../../nbs/17_decode_light.ipynb #e76f6a81
-@numba.njit(nogil=True)
+# %% ../../nbs/17_decode_light.ipynb #bd681539
+@numba.njit(nogil=True, cache=True)
 def _scan(key, leaves, n, keep, floor, dot, lo, hi, depth, table, offsets, codes, bias, low, step):
     "Score the leaves lo…hi below a prefix of `depth` codes; the new n and threshold"
     last = min(len(offsets) - 1, codes.shape[1])
@@ -74,8 +74,8 @@ def _scan(key, leaves, n, keep, floor, dot, lo, hi, depth, table, offsets, codes
             if n == len(key): n, floor = _compact(key, leaves, n, keep)
     return n, floor
 
-# %% ../../nbs/17_decode_light.ipynb #2fe16806
-@numba.njit(nogil=True)
+# %% ../../nbs/17_decode_light.ipynb #89281d2e
+@numba.njit(nogil=True, cache=True)
 def light_search(
     table,             # (S,) float32, inner products of the query with all codewords
     beam,              # prefixes kept a depth, and leaves kept at the end
@@ -108,8 +108,8 @@ def light_search(
     pick = best(key[:n], leaves[0, :n], beam)
     return leaves[0, :n][pick], key[:n][pick]
 
-# %% ../../nbs/17_decode_light.ipynb #58e97a73
-@numba.njit(nogil=True)
+# %% ../../nbs/17_decode_light.ipynb #da36ef9e
+@numba.njit(nogil=True, cache=True)
 def _items(leaves, scores, extra, rows, want, out, out_score):
     "Fill out (want,) with item rows of the leaves, best ID first"
     n, table = 0, np.full(1 << int(np.ceil(np.log2(2 * want + 2))), -1, np.int64)  # open hash of the items so far
@@ -127,14 +127,14 @@ def _items(leaves, scores, extra, rows, want, out, out_score):
             n += 1
             if n == want: return
 
-# %% ../../nbs/17_decode_light.ipynb #2465cb08
-@numba.njit(nogil=True)
+# %% ../../nbs/17_decode_light.ipynb #c6e28ef0
+@numba.njit(nogil=True, cache=True)
 def _search_block(tables, beam, want, offsets, codes, code, lo, hi, first, bias, leaf_bias, low, step, extra, rows, out, out_score):
     for q in range(len(tables)):
         leaves, scores = light_search(tables[q], beam, offsets, codes, code, lo, hi, first, bias, leaf_bias, low, step)
         _items(leaves, scores, extra, rows, want, out[q], out_score[q])
 
-# %% ../../nbs/17_decode_light.ipynb #122869f8
+# %% ../../nbs/17_decode_light.ipynb #69094751
 class LightDecoder:
     "Residual-quantised search over a trie, in strong form, or weak (norms left out)"
     def __init__(self,
@@ -165,26 +165,30 @@ class LightDecoder:
 
     def _trie(self): return self.trie.codes, self.trie.code, self.trie.lo, self.trie.hi, self.trie.first, self.bias, self.leaf_bias, self.low, self.step
 
-    def leaves(self,
-        queries,         # (Q, D) float
-        beam: int=200,
-    ) -> tuple[np.ndarray, np.ndarray]:  # leaves int64 (Q, beam), −1 where there are fewer; scores float32, −inf there
-        "The best `beam` IDs of every query, descending"
-        out = np.full((len(queries), as_count(beam, "beam")), -1, np.int64), np.full((len(queries), beam), -np.inf, np.float32)
-        for q, table in enumerate(self.tables(queries)):
-            found, scores = light_search(table, beam, self.offsets, *self._trie())
-            out[0][q, :len(found)], out[1][q, :len(found)] = found, scores
-        return out
+# %% ../../nbs/17_decode_light.ipynb #9df1253e
+def leaves(self,
+    queries,         # (Q, D) float
+    beam: int=200,
+) -> tuple[np.ndarray, np.ndarray]:  # leaves int64 (Q, beam), −1 where there are fewer; scores float32, −inf there
+    "The best `beam` IDs of every query, descending"
+    out = np.full((len(queries), as_count(beam, "beam")), -1, np.int64), np.full((len(queries), beam), -np.inf, np.float32)
+    for q, table in enumerate(self.tables(queries)):
+        found, scores = light_search(table, beam, self.offsets, *self._trie())
+        out[0][q, :len(found)], out[1][q, :len(found)] = found, scores
+    return out
 
-    def search(self,
-        queries,             # (Q, D) float
-        beam: int=200,       # IDs the search keeps
-        candidates: int=50,  # items handed on
-    ) -> tuple[np.ndarray, np.ndarray]:  # item rows int64 (Q, candidates), −1 where there are fewer; scores float32, −inf there
-        "The best items of every query: best ID first, then item order"
-        tables, want = self.tables(queries), as_count(candidates, "candidates")
-        rows, scores = np.full((len(tables), want), -1, np.int64), np.full((len(tables), want), -np.inf, np.float32)
-        beam, trie = as_count(beam, "beam"), self.trie
-        in_threads(lambda a, b: _search_block(tables[a:b], beam, want, self.offsets, *self._trie(), trie.extra, trie.rows,
-                                              rows[a:b], scores[a:b]), len(tables), 4)
-        return rows, scores
+# %% ../../nbs/17_decode_light.ipynb #0f1e8229
+def search(self,
+    queries,             # (Q, D) float
+    beam: int=200,       # IDs the search keeps
+    candidates: int=50,  # items handed on
+) -> tuple[np.ndarray, np.ndarray]:  # item rows int64 (Q, candidates), −1 where there are fewer; scores float32, −inf there
+    "The best items of every query: best ID first, then item order"
+    tables, want = self.tables(queries), as_count(candidates, "candidates")
+    rows, scores = np.full((len(tables), want), -1, np.int64), np.full((len(tables), want), -np.inf, np.float32)
+    beam, trie = as_count(beam, "beam"), self.trie
+    in_threads(lambda a, b: _search_block(tables[a:b], beam, want, self.offsets, *self._trie(), trie.extra, trie.rows,
+                                          rows[a:b], scores[a:b]), len(tables), 4)
+    return rows, scores
+
+LightDecoder.leaves, LightDecoder.search = leaves, search
