@@ -23,7 +23,7 @@ from .tokenizer import ResidualKMeans, load_quantizer
 from .trie import Trie
 
 # %% auto #0
-__all__ = ['WIDTH', 'SUBS', 'KINDS', 'PARTS', 'TOP', 'CANDIDATES', 'BARS', 'vectors', 'Method', 'threads', 'Ratio',
+__all__ = ['WIDTH', 'SUBS', 'KINDS', 'PARTS', 'TOP', 'CANDIDATES', 'BARS', 'DRAWN', 'vectors', 'Method', 'threads', 'Ratio',
            'paired_ratio', 'Bench', 'rivals', 'crossover', 'bench_latency']
 
 # %% ../nbs/22_bench.ipynb #fea6b422
@@ -95,22 +95,23 @@ def _light(x, trie, books, label=""):
     out = [Method(f"light decoder{label}, beam {beam}", two_stage(beam), _bytes(n, vectors=x.nbytes, **own)) for beam in (50, 200)]
     return out if label else out + [Method(f"light decoder, beam {beam}, no rerank", alone(beam), _bytes(n, **own)) for beam in (50, 200)]
 
-# %% ../nbs/22_bench.ipynb #796225d3
+# %% ../nbs/22_bench.ipynb #139d1e0d
 LEARNED, FREE, BEAM = "genius generator, beam 50", "genius generator, no constraint", 50
 
 def _learned(x, trie, books, seed):
     "The learned generator's search, and its decoding with and without constraint"
     model = PrefixGenerator(x.shape[1], codebooks=books, seed=seed).eval()
     frozen, size, n = FrozenPrefix(model), trie.bytes(), len(x)
-    own = dict(codes=size["ids"], structure=size["entries"] + trie.offsets.nbytes, rows=size["rows"],
+    own = dict(codes=size["ids"], structure=size["entries"], rows=size["rows"],
                fixed=sum(a.nbytes for a in model.arrays()[0].values()), vectors=x.nbytes)
     def search(q): return cosine(q, x, expand(*beam_search(frozen, q, trie, BEAM), trie, CANDIDATES)[0], TOP)[0]
     def decode(q, tree=trie): beam_search(frozen, q, tree, BEAM)
     return Method(LEARNED, search, _bytes(n, **own)), Method(FREE, lambda q: decode(q, None), _bytes(n, fixed=own["fixed"])), decode
 
-# %% ../nbs/22_bench.ipynb #b5c510fd
+# %% ../nbs/22_bench.ipynb #32c5acc1
 EXACT = "exact dense (faiss flat)"
-LISTS = {"IVF-PQ4": "PQ4", "IVF-PQ8": "PQ8", "IVF-PQ16": "PQ16", "IVF-PQ64": "PQ64", "IVF-PQ16x4 FastScan": "PQ16x4fs"}
+LISTS = {"IVF-PQ4": "PQ4np", "IVF-PQ8": "PQ8np", "IVF-PQ16": "PQ16np", "IVF-PQ32": "PQ32np", "IVF-PQ16x4 FastScan": "PQ16x4fsr"}
+PEERS = ("HNSW32", *LISTS, "PQ32x4 FastScan")
 
 def _fill(index, x, label, block=20_000):
     "Add rows in blocks, with progress"
@@ -128,10 +129,10 @@ def _build(name, x, train, coarse):
     "One faiss index, by its name"
     faiss, D, ip = import_faiss(), x.shape[1], import_faiss().METRIC_INNER_PRODUCT
     if name == "HNSW32": return _fill(faiss.IndexHNSWFlat(D, 32, ip), x, name)
-    if name == "PQ16x4 FastScan": index = faiss.index_factory(D, "PQ16x4fs", ip)
+    if name == "PQ32x4 FastScan": index = faiss.index_factory(D, "PQ32x4fs", ip)
     else: index = faiss.index_factory(D, f"IVF{coarse.ntotal},{LISTS[name]}", ip)
     if name in LISTS: index.quantizer, index.own_fields = coarse, False
-    index.pq.cp.min_points_per_centroid = 1                                       # no warning on a small pool
+    index.pq.cp.min_points_per_centroid, index.pq.cp.max_points_per_centroid = 1, 2 ** 14 // index.pq.ksub   # no warnings, no minutes
     index.train(train)
     return _fill(index, x, name)
 
@@ -199,8 +200,8 @@ def _index(name, x, train, coarse, work):
     path = work/f"{name.replace(' ', '_')}.faiss"
     return _stored(path, lambda: _build(name, x, train, coarse), lambda i, tmp: faiss.write_index(i, str(tmp)), lambda p: faiss.read_index(str(p)))
 
-# %% ../nbs/22_bench.ipynb #6e459f7d
-def _methods(x, seed, work):
+# %% ../nbs/22_bench.ipynb #ce8d1a94
+def _methods(x, seed, work, peers):
     "All methods over one pool, and the learned generator's constrained decoding"
     faiss, D, train = import_faiss(), x.shape[1], x[:2 ** 17]
     (codes, books), (wide, wide_books) = (_codes(x, train, K, seed, work) for K in (256, (2048,) + (256,) * 7))
@@ -209,7 +210,7 @@ def _methods(x, seed, work):
     coarse = _stored(work/"coarse.faiss", lambda: _coarse(x, train), lambda i, tmp: faiss.write_index(i, str(tmp)), lambda p: faiss.read_index(str(p)))
     exact = _fill(faiss.IndexFlatIP(D), x, "flat")
     out += [*learned, Method(EXACT, _found(exact), _faiss_bytes(exact, len(x), D))]
-    for name in ("HNSW32", *LISTS, "PQ16x4 FastScan"): out += _variants(name, _index(name, x, train, coarse, work), exact, D)
+    for name in peers: out += _variants(name, _index(name, x, train, coarse, work), exact, D)
     return out, decode
 
 # %% ../nbs/22_bench.ipynb #2e115f37
@@ -285,10 +286,10 @@ def paired_ratio(
     again = np.median(r[rng(seed, "bench", "ratio").integers(len(r), size=(2000, len(r)))], axis=1)
     return Ratio(float(np.median(r)), *map(float, np.quantile(again, (.025, .975))))
 
-# %% ../nbs/22_bench.ipynb #68c4cf02
-def _measure(x, queries, timed, rounds, seed, work):
+# %% ../nbs/22_bench.ipynb #a29101ca
+def _measure(x, queries, timed, rounds, seed, work, peers=PEERS):
     "One pool's piece: for every method seconds, recall of each query and bytes; and what the constraint costs"
-    methods, decode = _methods(x, seed, work)
+    methods, decode = _methods(x, seed, work, peers)
     order = rng(seed, "bench", "order", len(x))
     with threads(1), _quiet(): single = _one_by_one(methods, queries[:timed], rounds, order)
     with threads(cores()), _quiet(): batch, rows = _batches(methods, queries, order)
@@ -317,7 +318,7 @@ class Bench(NamedTuple):
         "Median milliseconds a query"
         return 1e3 * float(np.median(self.pools[size]["methods"][name][how]))
 
-# %% ../nbs/22_bench.ipynb #05b69f0a
+# %% ../nbs/22_bench.ipynb #7f333bd3
 def _piece(path, mark, make):
     "A measured piece of this very code and settings, or measure it"
     if path.exists() and (old := read_json(path))["mark"] == mark: return old["piece"]
@@ -325,18 +326,20 @@ def _piece(path, mark, make):
     write_json(path, dict(mark=mark, piece=piece))
     return piece
 
-def _run(sizes, queries, timed, rounds, seed, data, work):
+def _run(sizes, queries, timed, rounds, seed, data, work, peers):
     "Measure every pool, then the ratio between two of them"
-    mark = fingerprint(*(f.read_text() for f in sorted(Path(__file__).parent.rglob("*.py"))), queries, timed, rounds)
+    mark = fingerprint(*(f.read_text() for f in sorted(Path(__file__).parent.rglob("*.py"))), queries, timed, rounds, peers)
     x, q = _pool(data, max(sizes), queries, seed, work)
-    pools = {n: _piece(work/str(n)/"measured.json", mark, lambda: _measure(x[:n], q, timed, rounds, seed, work/str(n))) for n in progress(sizes, "pools")}
+    pools = {n: _piece(work/str(n)/"measured.json", mark, lambda: _measure(x[:n], q, timed, rounds, seed, work/str(n), peers)) for n in sizes}
     flat, small = None, min((n for n in sizes if n >= 10_000), default=min(sizes))
     if small < max(sizes): flat = small, max(sizes), Ratio(*_piece(work/"flat.json", mark, lambda: _flatness(x, small, max(sizes), q[:timed], seed, work)))
     for path in (*(work/str(n)/"measured.json" for n in sizes), work/"flat.json"): path.unlink(missing_ok=True)
     return Bench({n: p | dict(overhead=Ratio(*p["overhead"])) for n, p in pools.items()}, flat)
 
-# %% ../nbs/22_bench.ipynb #485597ba
+# %% ../nbs/22_bench.ipynb #1e37d939
 BARS = dict(overhead=1.15, flat=1.2)
+DRAWN = ("light decoder, beam 50", "light decoder, beam 200", LEARNED, EXACT, "faiss HNSW32, ef 64", "faiss IVF-PQ8, nprobe 16", "faiss IVF-PQ8, nprobe 16 + refine",
+         "faiss IVF-PQ32, nprobe 16", "faiss PQ32x4 FastScan + refine")
 
 def rivals(
     methods: dict,     # of one pool
@@ -360,7 +363,7 @@ def crossover(
     share = gap[last] / (gap[last] - gap[last + 1])
     return float(np.exp((1 - share) * np.log(sizes[last]) + share * np.log(sizes[last + 1])))
 
-# %% ../nbs/22_bench.ipynb #a7c1f645
+# %% ../nbs/22_bench.ipynb #45350325
 def _verdicts(bench):
     "Lines of text, each with its numbers: (text, value, low, high, bar)"
     out, sizes = [], sorted(bench.pools)
@@ -389,15 +392,13 @@ def _crossings(bench, sizes):
     names, lines = bench.pools[sizes[-1]]["methods"], []
     for ours in ("light decoder, beam 200", LEARNED):
         lines.append(f"{ours}: below, from how many items on")
-        for k in (k for k in names if k.startswith(("faiss", "exact"))):
+        for k in (k for k in DRAWN if k in names and k.startswith(("faiss", "exact"))):
             have = [n for n in sizes if k in bench.pools[n]["methods"]]
             at = crossover(have, *([bench.ms(n, m) for n in have] for m in (ours, k)))
             lines.append(f"  {k}: " + ("not within these pools" if at is None else f"{at:,.0f}" if at > have[0] else f"all measured, {have[0]:,} and more"))
     return lines
 
-# %% ../nbs/22_bench.ipynb #767e385d
-DRAWN = ("light decoder, beam 50", "light decoder, beam 200", LEARNED, EXACT, "faiss HNSW32, ef 64", "faiss IVF-PQ8, nprobe 16", "faiss IVF-PQ8, nprobe 16 + refine",
-         "faiss IVF-PQ64, nprobe 16", "faiss PQ16x4 FastScan + refine")
+# %% ../nbs/22_bench.ipynb #1c9d1b75
 PANELS = dict(single="one query", batch="100 at once")
 
 def _time_cells(bench, data, names, p95):
@@ -437,7 +438,7 @@ def _save(bench, verdicts, data, queries, timed, seed, folder):
               for what, r, bar in verdicts for column, v in (("ratio", r.value), ("bar", bar)) if v is not None]
     save_results(folder, f"{name}_ratios", ratios, about, "Ratios of latencies, medians over pairs on the same query, intervals by bootstrap over queries.", times=True)
 
-# %% ../nbs/22_bench.ipynb #31728a28
+# %% ../nbs/22_bench.ipynb #2e353283
 def bench_latency(
     sizes=(1_000, 10_000, 100_000, 1_000_000),  # pools, in items
     queries: int=1000,         # recall is taken over them
@@ -457,7 +458,7 @@ def bench_latency(
     if as_count(timed, "timed", 2) > as_count(queries, "queries", 2): raise ValueError(f"timed: expected at most {queries}, the queries, got {timed}")
     with TemporaryDirectory() as temporary:
         place = Path(temporary if quick else work)/f"{data}-{max(sizes)}-{seed}"
-        bench = _run(sizes, queries, timed, max(1, timed // 25), seed, data, place)
+        bench = _run(sizes, queries, timed, max(1, timed // 25), seed, data, place, ("HNSW32", "IVF-PQ8", "PQ32x4 FastScan") if quick else PEERS)
     lines, ratios = _verdicts(bench)
     if folder is not None: _save(bench, ratios, data, queries, timed, seed, folder)
     for line in lines if say else (): say(line)

@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options): super().__init__(**options, allow_abbrev=False)
     def error(self, message): self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
-# %% ../nbs/24_cli.ipynb #f4d3be7c
+# %% ../nbs/24_cli.ipynb #8fc91e29
 def read_array(
     path,  # FILE.npy, FILE.safetensors, or FILE.safetensors:NAME
 ) -> np.ndarray:  # mapped from the file
@@ -38,7 +38,8 @@ def read_array(
     file += mark.removesuffix(":")
     if file.endswith(".npy"):
         try: return np.load(file, mmap_mode="r" if os.path.getsize(file) > 2**20 else None, allow_pickle=False)
-        except (ValueError, EOFError, SyntaxError) as e: raise ValueError(f"{file}: not an array of numbers or strings ({e})") from None
+        except OSError: raise
+        except Exception as e: raise ValueError(f"{file}: not an array of numbers or strings ({e})") from None   # numpy raises much on a bad header
     if not file.endswith(".safetensors"): raise ValueError(f"{path}: expected a .npy or .safetensors file")
     arrays, _ = load_arrays(file, mmap=True)
     if name not in arrays and (name or len(arrays) != 1): raise ValueError(f"{path}: name one of its arrays, as in {Path(file).name}:NAME with NAME of {', '.join(sorted(arrays))}")
@@ -60,7 +61,7 @@ def _read(path):
     "Lines of a .txt file, else an array; None for None"
     return None if path is None else read_lines(path) if str(path).endswith(".txt") else read_array(path)
 
-# %% ../nbs/24_cli.ipynb #f2a9799d
+# %% ../nbs/24_cli.ipynb #f80caa18
 def write_hits(
     path,     # FILE.jsonl, FILE.npz, or any other name for a TREC run
     hits,     # of `search`
@@ -72,18 +73,20 @@ def write_hits(
         with atomic_path(path) as tmp, open(tmp, "wb") as f: np.savez(f, queries=queries, ids=ids.astype(str) if text else ids, scores=hits.scores)
     elif str(path).endswith(".jsonl"):
         with atomic_path(path) as tmp, open(tmp, "w", encoding="utf-8") as f:
-            for q, found in zip(queries, _found(hits)): f.write(json.dumps(dict(query=int(q), ids=[i for i, _ in found], scores=[s for _, s in found]), ensure_ascii=False) + "\n")
+            for q, found in zip(queries, _found(hits)): f.write(json.dumps(dict(query=int(q), ids=[i for i, _ in found], scores=[round(s, 6) for _, s in found]), ensure_ascii=False) + "\n")
     else:
         from grnb.metrics import write_run
-        names, rows = np.unique(ids.astype(str), return_inverse=True) if text else (None, ids)
-        rows = np.where(np.isinf(hits.scores), -1, np.reshape(rows, ids.shape))
-        write_run(path, rows, hits.scores, queries=[str(q) for q in queries], items=names)
+        there = hits.scores != -np.inf
+        names, rows = np.unique(ids[there].astype(str), return_inverse=True) if text else (None, ids[there])
+        found = np.full(ids.shape, -1)
+        found[there] = rows
+        write_run(path, found, hits.scores, queries=[str(q) for q in queries], items=names)
 
 def _found(hits):
     "(id, score) pairs of each query, as plain Python"
-    for ids, scores in zip(hits.ids.tolist(), hits.scores.tolist()): yield [(i, round(s, 6)) for i, s in zip(ids, scores) if s != -np.inf]
+    for ids, scores in zip(hits.ids.tolist(), hits.scores.tolist()): yield [(i, s) for i, s in zip(ids, scores) if s != -np.inf]
 
-# %% ../nbs/24_cli.ipynb #83ff19a8
+# %% ../nbs/24_cli.ipynb #c023b951
 def _settings(pairs, known, flag):
     "A dict of NAME=VALUE strings; ValueError for a name that is not known"
     out = {}
@@ -100,7 +103,7 @@ def _recipe(args):
     from grnb.recipes import Recipe, as_recipe
     recipe = as_recipe(args.recipe)
     try: return replace(recipe, **_settings(args.set, [f.name for f in fields(Recipe)], "--set"))
-    except TypeError as e: raise ValueError(f"--set: {e}") from None
+    except TypeError as e: raise ValueError(f"--set {' '.join(args.set)}: {e}") from None
 
 # %% ../nbs/24_cli.ipynb #01e58c35
 _TASK = (
@@ -252,13 +255,11 @@ def _search(args):
     elif task is None: _show(hits, names)
     if task is not None: _judge(hits, task.qrels.select(asked), args.k)
 
-# %% ../nbs/24_cli.ipynb #60ae3089
+# %% ../nbs/24_cli.ipynb #30d272b7
 def _write_task(task, folder):
     "Write a task's arrays, texts, splits and matches to a new or empty folder"
     from grnb.metrics import write_qrels
-    out = Path(folder).resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"--out: {folder} holds other files; choose an empty or new folder")
-    with atomic_folder(out) as tmp:
+    with atomic_folder(Path(folder).resolve()) as tmp:
         for name in ("items", "queries", "positives"): np.save(tmp/f"{name}.npy", getattr(task, name))
         for name, lines in dict(texts=[" ".join(t.split()) for t in task.texts], item_split=task.item_split, query_split=task.query_split).items():
             (tmp/f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -268,6 +269,8 @@ def _write_task(task, folder):
 @_command(*_TASK, _split("train", "dev", "test"), _arg("--out", help="folder to write the task's files to"))
 def _data(args):
     "Sum up a task (events by default), and write it out as files"
+    out = args.out and Path(args.out)
+    if out and out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"--out: {out} holds other files; choose an empty or new folder")
     args.task = args.task or "events"
     task = _task(args)
     task = task if args.split == ["train", "dev", "test"] else task.part(args.split)

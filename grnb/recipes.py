@@ -92,7 +92,7 @@ def _pairs(items, queries, positives, keep):
     q = [queries[i] for i in asked] if isinstance(queries, list) else queries[asked]
     return items[keep], q, (np.cumsum(keep) - 1)[positives[asked]]
 
-# %% ../nbs/19_recipes.ipynb #79cd5bb0
+# %% ../nbs/19_recipes.ipynb #aed22171
 @dataclass
 class HubText:
     "A frozen text encoder by hub name or folder, and the towers behind it; the encoder is loaded when first asked"
@@ -101,7 +101,7 @@ class HubText:
     device: str="auto"
 
     @cached_property
-    def hub(self): return HubEncoder(self.name, "text", self.device)
+    def hub(self): return HubEncoder(self.name, device=self.device)
 
     def fit(self, items, texts, positives, *, dev=None, **options):
         "Encode all texts once, then train the towers"

@@ -22,7 +22,7 @@ from .tokenizer import ResidualKMeans
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'Experiment', 'reproduce']
 
-# %% ../nbs/23_reproduce.ipynb #a57fc316
+# %% ../nbs/23_reproduce.ipynb #fd77c312
 @dataclass(frozen=True)
 class Experiment:
     "One table: where the data comes from and what is run on it"
@@ -38,7 +38,7 @@ class Experiment:
 EXPERIMENTS = {
     "events": Experiment("events", (("size", 3000), ("queries", 3000)), steps=400),
     "events_full": Experiment("events", (("size", 10_000), ("queries", 10_000))),
-    "flickr8k": Experiment("flickr8k"),
+    "flickr8k": Experiment("flickr8k", steps=600),
     "flickr8k_tfidf": Experiment("flickr8k", (("text", "tfidf"),), light=((8, False),), beams=(200,), steps=0),
 }
 

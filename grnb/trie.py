@@ -62,7 +62,7 @@ class Beams(NamedTuple):
     hi: torch.Tensor      # int64, one past the last leaf below
     node: torch.Tensor    # int64, entry of the trie, or −1 below a closed node
 
-# %% ../nbs/14_trie.ipynb #b6aa6ee9
+# %% ../nbs/14_trie.ipynb #852a544d
 class Trie:
     "Sorted IDs with a table of children for large prefixes"
     def __init__(self, arrays, sizes, scan):
@@ -77,11 +77,9 @@ class Trie:
 
     @property
     def offsets(self):
-        "Where the postings of every leaf begin, (U+1,) int64"
-        if "offsets" not in self._device:
-            leaf = np.arange(len(self.codes) + 1)
-            self._device["offsets"] = leaf + np.searchsorted(self.extra, leaf)
-        return self._device["offsets"]
+        "Where the postings of every leaf begin, (U+1,) int64; worked out, not stored"
+        leaf = np.arange(len(self.codes) + 1)
+        return leaf + np.searchsorted(self.extra, leaf)
 
     @classmethod
     def build(cls,

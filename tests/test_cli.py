@@ -18,6 +18,7 @@ from grnb.metrics import ranks, read_run, recall
 rng = np.random.default_rng(0)
 ITEMS, QUERIES = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(20, 6)).astype(np.float32)
 RECIPE = Recipe(K=8, L=3)
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -120,6 +121,19 @@ def test_a_task_in_place_of_files(here, capsys):
     assert GenerativeRetriever.load('m')._index.ids.tolist() == task.pool('test').tolist()                          # and so do items
 
 
+def test_fitting_on_texts(here, capsys):
+    "From a task, and from lines of a file; such a model takes texts only"
+    assert run(f'fit {TASK} --text --set K=8 --set L=2 --set dim=16 --out m', capsys)[0] == 0
+    assert run(f'index --model m {TASK}', capsys)[0] == 0
+    code, out, _ = run(f'search --model m {TASK}', capsys)
+    assert code == 0 and 'R@10 ' in out
+    texts = load_task('events', 60, source='latent', views=1).texts[:3]
+    Path('asked.txt').write_text('\n'.join(texts), encoding='utf-8')
+    assert run('search --model m --queries asked.txt --k 2', capsys)[1].count('\n') == 6
+    code, _, err = run('search --model m --queries queries.npy', capsys)
+    assert code == 2 and 'expected a list of str' in err
+
+
 def test_data_sums_up_and_writes_what_the_others_read(here, capsys):
     code, out, _ = run('data --size 60 --option source=latent --out w', capsys)
     task = load_task('events', 60, source='latent')
@@ -183,9 +197,9 @@ def test_interrupting_and_a_reader_that_left(here, capsys, monkeypatch):
 
 
 def test_a_pipe_closed_early():
-    "`grnb data --help | head -1`, with a reader that is gone"
+    "`grnb --help`, with a reader that is gone"
     r, w = os.pipe(); os.close(r)
-    p = subprocess.run([sys.executable, '-c', 'from grnb.cli import main; import sys; sys.exit(main(["--help"]))'], stdout=w, stderr=subprocess.PIPE, text=True)
+    p = subprocess.run([sys.executable, '-c', 'from grnb.cli import main; import sys; sys.exit(main(["--help"]))'], cwd=ROOT, stdout=w, stderr=subprocess.PIPE, text=True)
     os.close(w)
     assert 'Traceback' not in p.stderr and p.returncode in (0, 1)
 
@@ -201,10 +215,10 @@ def test_the_checkpoint_of_another_run_is_kept_until_told(here, capsys):
 
 
 def test_a_failed_save_keeps_the_checkpoint(here, capsys, monkeypatch):
-    monkeypatch.setattr(GenerativeRetriever, 'save', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left on device', 'm')))
-    code, _, err = run('fit --items items.npy --set K=8 --set L=2 --checkpoint c --out m', capsys)
+    with monkeypatch.context() as m:
+        m.setattr(GenerativeRetriever, 'save', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left on device', 'm')))
+        code, _, err = run('fit --items items.npy --set K=8 --set L=2 --checkpoint c --out m', capsys)
     assert (code, err) == (2, 'grnb: m: No space left on device\n') and Path('c/quantizer.safetensors').exists()
-    monkeypatch.undo(); os.chdir(here)
     assert run('fit --items items.npy --set K=8 --set L=2 --checkpoint c --out m', capsys)[0] == 0 and not Path('c').exists()
 
 
@@ -222,7 +236,7 @@ def test_version_and_help_load_nothing_heavy(capsys):
     import grnb
     assert run('--version', capsys)[:2] == (0, f'grnb {grnb.__version__}\n')
     code = "from grnb.cli import main; main(['--help']); import sys; print([m for m in 'torch faiss numba transformers matplotlib sklearn scipy'.split() if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.endswith('[]\n')
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.endswith('[]\n')
 
 
 def test_bench_report_and_reproduce_call_theirs(here, capsys, monkeypatch):

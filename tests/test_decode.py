@@ -189,12 +189,11 @@ def test_no_queries_and_bad_arguments():
         with pytest.raises(ValueError, match=says): call()
 
 
-def slow_expand(leaves, scores, trie, C):
-    offsets = np.arange(len(trie.rows) + 1) if trie.offsets is None else np.asarray(trie.offsets).astype(int)
-    out = []
+def slow_expand(leaves, scores, ids, C):
+    leaf_ids, out = sorted(set(map(tuple, ids.tokens.tolist()))), []
     for leaf, score in zip(leaves, scores):
         if leaf < 0: continue
-        for row in sorted(np.asarray(trie.rows)[offsets[leaf]:offsets[leaf + 1]].tolist()):
+        for row in sorted(r for t, r in zip(ids.tokens.tolist(), ids.rows.tolist()) if tuple(t) == leaf_ids[leaf]):
             if row not in [r for r, _ in out]: out.append((row, score))
     out = out[:C] + [(-1, -np.inf)] * (C - len(out))
     return [r for r, _ in out], [s for _, s in out]
@@ -204,13 +203,14 @@ def slow_expand(leaves, scores, trie, C):
 @given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 3), st.integers(1, 70), st.integers(0, 9999))
 def test_expansion(n, K, views, candidates, seed):
     g = np.random.default_rng(seed)
-    rows = np.repeat(g.permutation(n) * 3, views)                       # several IDs an item; large gaps between rows
-    trie = Trie.build(SemanticIDs(g.integers(0, K, (n * views, 2)).astype(np.uint8), rows, (K, K)))
+    rows = np.repeat(np.arange(n) * 3, views)                           # several IDs an item, gaps between rows; ascending, as make_ids gives them
+    ids = SemanticIDs(g.integers(0, K, (n * views, 2)).astype(np.uint8), rows, (K, K))
+    trie = Trie.build(ids)
     W = int(g.integers(1, len(trie) + 3))
     leaves = np.stack([np.r_[g.permutation(len(trie)), [-1, -1, -1]][:W] for _ in range(3)])
     scores = -np.sort(-g.normal(size=(3, W)).astype(np.float32), 1)
     found, values = expand(leaves, scores, trie, candidates)
     assert found.shape == values.shape == (3, candidates)
     for q in range(3):
-        want, s = slow_expand(leaves[q], scores[q], trie, candidates)
+        want, s = slow_expand(leaves[q], scores[q], ids, candidates)
         assert found[q].tolist() == want and values[q].tolist() == s

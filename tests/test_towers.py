@@ -1,7 +1,4 @@
 "Towers and the text encoder: learning, determinism, resume, saving, shared spaces, refusals"
-import signal, subprocess, sys, time
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -10,8 +7,6 @@ from hypothesis import given, strategies as st
 from grnb.core import load_arrays, mean_view, rng, save_arrays, unit
 from grnb.features.text import TextEncoder, learn_bpe, token_matrix
 from grnb.features.towers import Siblings, Tower, Towers, dev_recall, settle, view_mix
-
-ROOT = Path(__file__).parents[1]
 
 
 def world(n=120, seed=0, views=3, width=10, query_width=6, each=2):
@@ -125,14 +120,13 @@ def test_view_mix_stays_between_the_views():
     assert (m >= z.min(1).values - 1e-6).all() and (m <= z.max(1).values + 1e-6).all() and view_mix(z[:, 0], rng(0)) is not None
 
 
-@pytest.mark.parametrize("change, words", [(dict(items=np.full((4, 3), np.nan)), "items: expected finite"), (dict(queries=np.ones(3)), "queries: expected shape"),
+@pytest.mark.parametrize("change, words", [(dict(items=np.full((4, 3), np.nan)), "items: expected finite"), (dict(queries=np.ones(3)), "queries: expected shape"), (dict(items=np.zeros((4, 3))), "items: row .* is zero"),
     (dict(positives=[0, 1]), "one item row for each of 4"), (dict(positives=[0, 1, 2, 4]), "rows from 0 to 3"), (dict(positives=[0., 1, 2, 3]), "whole numbers"),
     (dict(positives=[]), "positives"), (dict(dev=(np.ones((1, 3)), np.ones((1, 2)), [1])), "dev positives"), (dict(steps=-1), "steps"), (dict(batch_size=0), "batch_size")])
 def test_bad_input(change, words):
     g = rng(0)
     given_ = dict(items=g.standard_normal((4, 3)), queries=g.standard_normal((4, 2)), positives=[0, 1, 2, 3], steps=2, batch_size=4, device="cpu")
-    call = lambda: Towers(**SMALL).fit(**{**given_, **change})
-    with pytest.raises(ValueError, match=words): call()
+    with pytest.raises(ValueError, match=words): Towers(**SMALL).fit(**{**given_, **change})
 
 
 def test_bad_construction_and_unfitted():
@@ -142,33 +136,26 @@ def test_bad_construction_and_unfitted():
         with pytest.raises(ValueError, match="not fitted"): call()
 
 
-SCRIPT = """
-import sys; sys.path[:0] = [{root!r}, {tests!r}]
-import time, torch
-from test_towers import *
-import grnb.features.towers as w
-feed = w.feed
-def slow(*a):
-    b = feed(*a)
-    return lambda step: (time.sleep({pause}), b(step))[1]
-w.feed = slow
-torch.set_num_threads(1)
-t = Towers(**SMALL).fit(*world(), dev=world(60, 1), checkpoint={folder!r}, **FAST)
-save_arrays({out!r}, *t.arrays())
-"""
-
-def test_sigkill(tmp_path):
-    def child(folder, pause, out):
-        return subprocess.Popen([sys.executable, "-c", SCRIPT.format(root=str(ROOT), tests=str(ROOT/"tests"), pause=pause, folder=str(tmp_path/folder), out=str(tmp_path/out))])
-    whole, broken = child("a", 0, "a.safetensors"), child("b", 0.02, "b.safetensors")
-    start, file = time.time(), tmp_path/"b/train.safetensors"
-    while not file.exists() and time.time() - start < 60: time.sleep(0.01)
-    time.sleep(0.1)
-    broken.send_signal(signal.SIGKILL)
-    assert broken.wait() == -signal.SIGKILL and not (tmp_path/"b.safetensors").exists()
-    assert child("b", 0, "b.safetensors").wait() == 0 and whole.wait() == 0
-    a, b = (load_arrays(tmp_path/f"{x}.safetensors")[0] for x in "ab")
-    assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+@pytest.mark.parametrize("text", [False, True])
+def test_stopped_and_started_again(tmp_path, monkeypatch, text):
+    from grnb.features import text as text_module, towers as towers_module
+    module, name = (text_module, "feed_texts") if text else (towers_module, "feed")
+    feed = getattr(module, name)
+    def broken(*a):
+        def batch(step):
+            if step == 33: raise KeyboardInterrupt
+            return feed(*a)(step)
+        return batch
+    def go(**kw):
+        if text: return text_encoder(item_tower=True, fit=kw).arrays()[0]
+        return Towers(**SMALL).fit(*world(), dev=world(60, 1), **{**FAST, "steps": 60}, **kw).arrays()[0]
+    whole = go()
+    monkeypatch.setattr(module, name, broken)
+    monkeypatch.setattr(module, "train", lambda *a, _train=module.train, **k: _train(*a, **k, save_every=10))
+    with pytest.raises(KeyboardInterrupt): go(checkpoint=tmp_path)
+    monkeypatch.setattr(module, name, feed)
+    rest = go(checkpoint=tmp_path)
+    assert whole.keys() == rest.keys() and all(np.array_equal(whole[k], rest[k]) for k in whole)
 
 
 # --- texts
@@ -181,9 +168,9 @@ def texts(rows):
     vectors = np.stack([parts[c] + parts[s] for c, s in COMBOS])[rows]
     return [w.format(*COMBOS[i]) for i in rows for w in ("a {} {}", "one {} {} here")], vectors, np.repeat(np.arange(len(rows)), 2)
 
-def text_encoder(**kw):
+def text_encoder(fit={}, **kw):
     rows = np.arange(len(COMBOS))
-    return TextEncoder(dim=16, width=32, vocab=350, noise=0.1, **kw).fit(*texts(rows[rows % 4 > 0]), dev=texts(rows[rows % 4 == 0]), steps=80, batch_size=32, lr=5e-3, device="cpu")
+    return TextEncoder(dim=16, width=32, vocab=350, noise=0.1, **kw).fit(*texts(rows[rows % 4 > 0]), dev=texts(rows[rows % 4 == 0]), steps=80, batch_size=32, lr=5e-3, device="cpu", **fit)
 
 
 @pytest.mark.parametrize("tower", [False, True])

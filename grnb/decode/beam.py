@@ -123,43 +123,43 @@ def exhaustive(
                 out[i, a:a + chunk] = total[0].cpu().numpy()
     return out
 
-# %% ../../nbs/16_decode_beam.ipynb #7a8bff00
-@numba.njit(nogil=True)
-def _expand(leaves, scores, offsets, rows, seen, out, out_scores):
-    mask = len(seen) - 1                                                      # seen: a hash table of item rows, a power of two long
-    for q in range(len(leaves)):
-        seen[:] = -1
-        n = 0
-        for w in range(leaves.shape[1]):
-            leaf = leaves[q, w]
-            if leaf < 0 or n == out.shape[1]: continue
-            a, b = (np.int64(offsets[leaf]), np.int64(offsets[leaf + 1])) if len(offsets) else (leaf, leaf + 1)
-            bucket = rows[a:b]
-            if (bucket[1:] < bucket[:-1]).any(): bucket = np.sort(bucket)
-            for i in range(len(bucket)):
-                row = np.int64(bucket[i])
-                h = (row * 40503) & mask
-                while seen[h] != -1 and seen[h] != row: h = (h + 1) & mask
-                if seen[h] == row: continue
-                seen[h], out[q, n], out_scores[q, n] = row, row, scores[q, w]
-                n += 1
-                if n == out.shape[1]: break
+# %% ../../nbs/16_decode_beam.ipynb #95b8d14a
+@numba.njit(nogil=True, cache=True)
+def items_of(leaves, scores, extra, rows, out, out_scores):
+    "Fill out (C,) with the item rows of one query's leaves"
+    seen = np.full(1 << int(np.ceil(np.log2(2 * len(out) + 2))), -1, np.int64)   # a hash table of the items so far
+    mask, n = len(seen) - 1, 0
+    for w in range(len(leaves)):
+        leaf = leaves[w]
+        if leaf < 0: continue
+        e = np.searchsorted(extra, leaf)                                         # postings before this leaf that share an ID with the one before them
+        last = e
+        while last < len(extra) and extra[last] == leaf: last += 1
+        for p in range(leaf + e, leaf + last + 1):
+            row = np.int64(rows[p])
+            h = (row * 0x9E3779B1) & mask
+            while seen[h] != -1 and seen[h] != row: h = (h + 1) & mask
+            if seen[h] == row: continue
+            seen[h], out[n], out_scores[n] = row, row, scores[w]
+            n += 1
+            if n == len(out): return
 
-# %% ../../nbs/16_decode_beam.ipynb #6fe8f5a6
+@numba.njit(nogil=True, cache=True)
+def _expand(leaves, scores, extra, rows, out, out_scores):
+    for q in range(len(leaves)): items_of(leaves[q], scores[q], extra, rows, out[q], out_scores[q])
+
+# %% ../../nbs/16_decode_beam.ipynb #44ee0b9b
 def expand(
     leaves: np.ndarray,  # (Q, W) int64, best first, −1 where dead
     scores: np.ndarray,  # (Q, W) float32
-    trie,                # its `offsets` (U+1,) and `rows` (M,); offsets None: one item a leaf
+    trie,                # its leaves, `rows` and `extra`
     candidates: int,     # C, items wanted
 ) -> tuple[np.ndarray, np.ndarray]:  # rows int64 (Q, C), −1 where there are no more, and the scores of their IDs (Q, C)
     "Candidate items of the found IDs: best ID first, then lower item row, each item once, at most `candidates`"
     C = as_count(candidates, "candidates")
     leaves, scores = np.ascontiguousarray(leaves, np.int64), np.ascontiguousarray(scores, np.float32)
     if leaves.ndim != 2 or leaves.shape != scores.shape: raise ValueError(f"leaves: expected (Q, W) like scores {scores.shape}, got {leaves.shape}")
-    offsets = np.zeros(0, np.int64) if trie.offsets is None else trie.offsets
-    leaf_count = len(trie.rows) if trie.offsets is None else len(offsets) - 1
-    if leaves.size and leaves.max() >= leaf_count: raise ValueError(f"leaves: expected values below {leaf_count}, got {leaves.max()}")
-    seen = np.empty(1 << int(2 * min(C, len(trie.rows)) + 1).bit_length(), np.int64)
+    if leaves.size and leaves.max() >= len(trie): raise ValueError(f"leaves: expected values below {len(trie)}, got {leaves.max()}")
     out, out_scores = np.full((len(leaves), C), -1, np.int64), np.full((len(leaves), C), -np.inf, np.float32)
-    _expand(leaves, scores, offsets, trie.rows, seen, out, out_scores)
+    _expand(leaves, scores, trie.extra, trie.rows, out, out_scores)
     return out, out_scores

@@ -39,14 +39,14 @@ def events_task(
     captions = make_captions(words, asked_events(scenes, asked), seed=seed)
     return Task("events", items, encoder.encode_texts(captions.texts), captions.texts, scenes.videos()[captions.events], match(scenes, words, captions), make_splits(size, seed))
 
-# %% ../../nbs/11_features_tasks.ipynb #ac41e42b
+# %% ../../nbs/11_features_tasks.ipynb #fa37837e
 def tfidf_vectors(
     texts: list,         # Q strings
     train: np.ndarray,   # bool (Q,), those to fit on
     width: int=512,      # numbers kept, fewer where there are fewer words
     seed: int=0,
 ) -> np.ndarray:         # float32 (Q, width), unit rows
-    "TF-IDF of words and pairs of words, reduced by SVD, both fitted on the training texts; a text of unknown words gets their mean direction"
+    "TF-IDF of words reduced by SVD, both fitted on the training texts; a text of unknown words gets their mean direction"
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
     known = [t for t, fit in zip(texts, train) if fit]

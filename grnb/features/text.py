@@ -89,7 +89,7 @@ class TextTower(nn.Module):
         w = self.weight(x).squeeze(-1).float().masked_fill(~real, -torch.inf).softmax(1)              # (B, T)
         return F.normalize(self.out(torch.einsum("bt,btd->bd", w.to(x.dtype), x)).float(), dim=-1)
 
-# %% ../../nbs/10b_features_text.ipynb #f96d10d3
+# %% ../../nbs/10b_features_text.ipynb #0efb0be0
 def feed_texts(x, tokens, positives, batch_size, seed):
     "Step → (mixed items, token numbers, item rows)"
     rows = epoch_batches(len(positives), batch_size, seed, "texts")
@@ -101,7 +101,7 @@ def feed_texts(x, tokens, positives, batch_size, seed):
 
 def as_text_pairs(texts, items, positives, name=""):
     "Texts, item vectors and positives, checked"
-    texts, items = as_texts(texts, f"{name}texts"), as_vectors(items, f"{name}items", (2, 3))
+    texts, items = as_texts(texts, f"{name}texts"), unit(as_vectors(items, f"{name}items", (2, 3)), f"{name}items")
     return texts, items, as_rows(positives, len(texts), len(items), f"{name}positives")
 
 # %% ../../nbs/10b_features_text.ipynb #a00a0d4e
@@ -151,7 +151,7 @@ class TextSides(Sides):
         enc.pair = load_pair(new_text_pair(enc.settings, facts["item_width"], enc.bpe.get_vocab_size()), arrays, device)
         return enc
 
-# %% ../../nbs/10b_features_text.ipynb #2c632968
+# %% ../../nbs/10b_features_text.ipynb #bdaa00d1
 class TextEncoder(TextSides):
     "Texts into a space of items, fitted on pairs; ValueError where unfitted or where the input does not fit"
     def __init__(self,
@@ -178,7 +178,8 @@ class TextEncoder(TextSides):
         "Learn byte pairs and encoder from pairs and keep what did best on dev"
         texts, items, positives = as_text_pairs(texts, items, positives)
         dev = dev and as_text_pairs(*dev, name="dev ")
-        if steps is None: steps = max(200, round(epochs * len(texts) / as_count(batch_size, "batch_size")))
+        as_count(batch_size, "batch_size")
+        if steps is None: steps = max(200, round(epochs * len(texts) / batch_size))
         self.bpe = learn_bpe(texts, self.settings["vocab"], self.settings["length"])
         with torch_seed(seed, "texts"): pair = new_text_pair(self.settings, items.shape[-1], self.bpe.get_vocab_size())
         if self.settings["item_tower"]: settle(pair.items, torch.from_numpy(items))

@@ -172,11 +172,11 @@ class Encoder(Protocol):
     def encode_items(self, x, views: bool=False) -> np.ndarray: ...   # (N, D) or (N, V, D) → (N, dim) or (N, V, dim)
     def encode_queries(self, x) -> np.ndarray: ...                    # (Q, Dq) or list of str → (Q, dim)
 
-# %% ../../nbs/10_features_towers.ipynb #c1d36f5c
+# %% ../../nbs/10_features_towers.ipynb #9aec32fd
 def as_pairs(items, queries, positives, name=""):
     "Items, query vectors and positives, checked"
-    items = as_vectors(items, f"{name}items", (2, 3))
-    queries = as_vectors(queries, f"{name}queries")
+    items = unit(as_vectors(items, f"{name}items", (2, 3)), f"{name}items")
+    queries = unit(as_vectors(queries, f"{name}queries"), f"{name}queries")
     return items, queries, as_rows(positives, len(queries), len(items), f"{name}positives")
 
 def new_pair(width, query_width, dim, hidden, noise):
@@ -199,7 +199,7 @@ def feed(x, y, positives, batch_size, seed):
         return view_mix(x[p], g), mixed, torch.from_numpy(p).to(x.device)
     return batch
 
-# %% ../../nbs/10_features_towers.ipynb #0fc84052
+# %% ../../nbs/10_features_towers.ipynb #67918a32
 class Sides:
     "Encoding and saving, for pairs that a subclass fits"
     pair = None                                                    # a `Pair` once fitted
@@ -211,12 +211,12 @@ class Sides:
     def encode_items(self, x, views: bool=False) -> np.ndarray:
         "Items (N, D) or (N, V, D) to unit (N, dim); with `views`, each view of (N, V, D) to unit (N, V, dim)"
         side = self._side("items")
-        return encode_rows(side, as_vectors(x, "items", (2, 3), side.width), views)
+        return encode_rows(side, unit(as_vectors(x, "items", (2, 3), side.width), "items"), views)
 
     def encode_queries(self, x) -> np.ndarray:
         "Queries (Q, Dq) to unit (Q, dim)"
         side = self._side("queries")
-        return encode_rows(side, as_vectors(x, "queries", (2,), side.width))
+        return encode_rows(side, unit(as_vectors(x, "queries", (2,), side.width), "queries"))
 
     def to(self, device: str) -> "Sides":
         "Move to a device"
@@ -248,7 +248,7 @@ def fit_towers(pair, items, queries, positives, dev, batch_size, settings):
     about = fingerprint(items, queries, positives, batch_size)
     return train(pair, feed(x, y, positives, batch_size, settings["seed"]), pair_loss, evaluate=score, about=about, desc="towers", **settings)
 
-# %% ../../nbs/10_features_towers.ipynb #95e3b5c5
+# %% ../../nbs/10_features_towers.ipynb #0c3ba977
 class Towers(Sides):
     "Two towers into one space, fitted on pairs; ValueError where unfitted or where shapes do not fit"
     def __init__(self,
@@ -272,7 +272,8 @@ class Towers(Sides):
         "Train on pairs and keep what did best on dev"
         items, queries, positives = as_pairs(items, queries, positives)
         dev = dev and as_pairs(*dev, name="dev ")
-        if steps is None: steps = max(200, round(epochs * len(queries) / as_count(batch_size, "batch_size")))
+        as_count(batch_size, "batch_size")
+        if steps is None: steps = max(200, round(epochs * len(queries) / batch_size))
         pair = fresh_towers(items, queries, self.dim, self.hidden, self.noise, seed)
         settings = dict(steps=steps, lr=lr, seed=seed, device=pick_device(device), precision=precision, checkpoint=checkpoint)
         self.result, self.pair = fit_towers(pair, items, queries, positives, dev, batch_size, settings), pair
