@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import grnb.cli as cli
 from grnb import GenerativeRetriever, Recipe, load_task
 from grnb.cli import main, read_array, read_lines
 from grnb.core import save_arrays
+from grnb.features.text import TextEncoder
 from grnb.metrics import ranks, read_run, recall
 
 rng = np.random.default_rng(0)
@@ -121,8 +123,9 @@ def test_a_task_in_place_of_files(here, capsys):
     assert GenerativeRetriever.load('m')._index.ids.tolist() == task.pool('test').tolist()                          # and so do items
 
 
-def test_fitting_on_texts(here, capsys):
+def test_fitting_on_texts(here, capsys, monkeypatch):
     "From a task, and from lines of a file; such a model takes texts only"
+    monkeypatch.setattr(TextEncoder, 'fit', partialmethod(TextEncoder.fit, steps=3))
     assert run(f'fit {TASK} --text --set K=8 --set L=2 --set dim=16 --out m', capsys)[0] == 0
     assert run(f'index --model m {TASK}', capsys)[0] == 0
     code, out, _ = run(f'search --model m {TASK}', capsys)

@@ -13,13 +13,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # One process imports and compiles everything, and forks a child for every `grnb fit`, so that a kill costs a moment and not half a minute.
 DRIVER = '''
-import json, os, random, signal, sys, time
+import functools, json, os, random, signal, sys, time
 sys.path.insert(0, {root!r})
 import grnb.core, grnb.cli
+from grnb.features.text import TextEncoder
 from grnb.cli import main
 
+TextEncoder.fit = functools.partialmethod(TextEncoder.fit, steps=4)                 # enough to have something to resume
+
 def words(out, **settings):
-    return ["fit", "--items", "items.npy", "--queries", "queries.npy", "--positives", "positives.npy", "--recipe", "genius", "--device", "cpu", "--seed", "3", "--dev", "0.2", "--out", out,
+    return ["fit", "--items", "items.npy", "--queries", "texts.txt" if "text" in out else "queries.npy", "--positives", "positives.npy", "--recipe", "genius", "--device", "cpu", "--seed", "3", "--dev", "0.2", "--out", out,
             *[w for k, v in settings.items() for w in ("--set", f"{{k}}={{v}}")]]
 
 SMALL = dict(K=8, L=3, d_model=16, n_layers=1, n_prefix=2, batch=32, steps={steps}, towers='true', dim=16, tower_epochs=1)
@@ -52,16 +55,17 @@ def fit(out, renames=None, seconds=None):
 
 assert main(words("warm", **{{**SMALL, "steps": 0, "towers": "false"}})) == 0      # compiles; trains nothing, so that forking is safe
 start = time.time()
-codes = dict(whole=[fit("whole")], renames=[], times=[])
+codes = dict(whole=[fit("whole")], renames=[], times=[], text_whole=[fit("text_whole")], text_renames=[])
 took = time.time() - start
-n = 2
-while not codes["renames"] or codes["renames"][-1] != 0 and n < 60:                # each attempt may go a little further than the one before
-    codes["renames"].append(fit("renames", renames=n))
-    n += 1
+for out in ("renames", "text_renames"):
+    n = 2
+    while not codes[out] or codes[out][-1] != 0 and n < 60:                        # each attempt may go a little further than the one before
+        codes[out].append(fit(out, renames=n))
+        n += 1
 g = random.Random({seed})
 for _ in range(4): codes["times"].append(fit("times", seconds=took * g.uniform(.05, .6)))
 codes["times"].append(fit("times"))
-for out in ("whole", "renames", "times"): assert main(["index", "--model", out, "--items", "items.npy", "--device", "cpu"]) == 0
+for out in codes: assert main(["index", "--model", out, "--items", "items.npy", "--device", "cpu"]) == 0
 print(json.dumps(codes))
 '''
 
@@ -72,16 +76,16 @@ def files(folder): return {p.name: p.read_bytes() for p in sorted(folder.iterdir
 def test_killed_and_run_again_ends_with_the_same_bytes(tmp_path):
     task = load_task('events', 60, source='latent', views=1)
     for name in ('items', 'queries', 'positives'): np.save(tmp_path/f'{name}.npy', getattr(task, name))
-    driver = DRIVER.format(root=str(ROOT), seed=0, steps=120)
+    (tmp_path/'texts.txt').write_text('\n'.join(task.texts), encoding='utf-8')
+    driver = DRIVER.format(root=str(ROOT), seed=0, towers='true', steps=120)
     env = {**os.environ, **{f'{lib}_NUM_THREADS': '1' for lib in ('OMP', 'MKL', 'OPENBLAS', 'NUMBA')}}
     r = subprocess.run([sys.executable, '-c', driver], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, r.stderr
     codes = json.loads(r.stdout.splitlines()[-1])
-    killed = {k: [c for c in v if c == -9] for k, v in codes.items()}
-    assert codes['whole'] == [0] and codes['renames'][-1] == 0 and codes['times'][-1] == 0 and len(killed['renames']) >= 5 and len(killed['times']) >= 2, codes
-    want = files(tmp_path/'whole')
-    assert {'pool.safetensors', 'quantizer.safetensors', 'encoder.safetensors', 'generator.safetensors', 'recipe.json'} <= set(want)
-    for name in ('renames', 'times'):
-        got = files(tmp_path/name)
+    killed = {k: sum(c == -9 for c in v) for k, v in codes.items()}
+    assert all(v[-1] == 0 for v in codes.values()) and killed['renames'] >= 5 and killed['text_renames'] >= 3 and killed['times'] >= 2, codes
+    for name, of in dict(renames='whole', times='whole', text_renames='text_whole').items():
+        want, got = files(tmp_path/of), files(tmp_path/name)
+        assert set(want) == {'recipe.json', 'retriever.json', *(f'{part}.safetensors' for part in ('encoder', 'generator', 'pool', 'quantizer'))}
         assert got.keys() == want.keys() and [f for f in want if got[f] != want[f]] == []                    # weights, codebooks, IDs of the pool
         assert not (tmp_path/f'{name}.checkpoint').exists()
