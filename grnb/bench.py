@@ -23,8 +23,8 @@ from .tokenizer import ResidualKMeans, load_quantizer
 from .trie import Trie
 
 # %% auto #0
-__all__ = ['WIDTH', 'SUBS', 'KINDS', 'PARTS', 'TOP', 'CANDIDATES', 'BARS', 'DRAWN', 'vectors', 'Method', 'threads', 'Ratio',
-           'paired_ratio', 'Bench', 'rivals', 'crossover', 'bench_latency']
+__all__ = ['WIDTH', 'SUBS', 'KINDS', 'PARTS', 'TOP', 'CANDIDATES', 'REFINED', 'BARS', 'DRAWN', 'vectors', 'Method', 'threads',
+           'Ratio', 'paired_ratio', 'Bench', 'total', 'rivals', 'crossover', 'bench_latency']
 
 # %% ../nbs/22_bench.ipynb #fea6b422
 WIDTH, SUBS, KINDS = 512, 20, {"clustered": 2_000, "many": 50_000, "ood": 2_000}   # kind → centres
@@ -70,8 +70,8 @@ def vectors(
     if kind not in KINDS: raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     return _draw(as_count(n, "n"), kind, seed, "items"), _draw(as_count(queries, "queries"), kind, seed, "queries", .5 if kind == "ood" else 0.)
 
-# %% ../nbs/22_bench.ipynb #3bb0fb20
-PARTS, TOP, CANDIDATES = ("codes", "structure", "rows", "fixed", "vectors"), 10, 50
+# %% ../nbs/22_bench.ipynb #2b426462
+PARTS, TOP, CANDIDATES, REFINED = ("codes", "structure", "rows", "fixed", "vectors"), 10, 50, (50, 200, 800)
 
 class Method(NamedTuple):
     "One way to search a pool"
@@ -80,20 +80,18 @@ class Method(NamedTuple):
     bytes: dict                            # part → bytes an item
     prepare: Callable = lambda: None       # called before it is measured: sets what indexes of several methods share
 
-    @property
-    def total(self): return sum(self.bytes.values())
-
-# %% ../nbs/22_bench.ipynb #eb0d8179
+# %% ../nbs/22_bench.ipynb #67c28211
 def _bytes(n, **parts): return {p: parts.get(p, 0) / n for p in PARTS}
 
 def _light(x, trie, books, label=""):
-    "Light decoders of two beams over one trie"
+    "Light decoders over one trie, at several beams and numbers of candidates"
     decoder, size, n = LightDecoder(trie, books), trie.bytes(), len(x)
     own = dict(codes=size["ids"], structure=size["entries"] + decoder.bytes(), rows=size["rows"], fixed=decoder.C.nbytes)
-    def two_stage(beam): return lambda q: cosine(q, x, decoder.search(q, beam, CANDIDATES)[0], TOP)[0]
+    def two_stage(beam, c): return lambda q: cosine(q, x, decoder.search(q, beam, c)[0], TOP)[0]
     def alone(beam): return lambda q: decoder.search(q, beam, TOP)[0]
-    out = [Method(f"light decoder{label}, beam {beam}", two_stage(beam), _bytes(n, vectors=x.nbytes, **own)) for beam in (50, 200)]
-    return out if label else out + [Method(f"light decoder, beam {beam}, no rerank", alone(beam), _bytes(n, **own)) for beam in (50, 200)]
+    name = f"light decoder{label}, beam"
+    out = [Method(f"{name} {beam}" + f", {c} reranked" * (c != CANDIDATES), two_stage(beam, c), _bytes(n, vectors=x.nbytes, **own)) for beam, c in ((50, 50), (200, 50), (200, 200))]
+    return out + [Method(f"{name} {beam}, no rerank", alone(beam), _bytes(n, **own)) for beam in (50, 200)]
 
 # %% ../nbs/22_bench.ipynb #139d1e0d
 LEARNED, FREE, BEAM = "genius generator, beam 50", "genius generator, no constraint", 50
@@ -136,7 +134,7 @@ def _build(name, x, train, coarse):
     index.train(train)
     return _fill(index, x, name)
 
-# %% ../nbs/22_bench.ipynb #bc1985a2
+# %% ../nbs/22_bench.ipynb #03634778
 def _faiss_bytes(index, n, D):
     "Bytes by part: the serialized size, less what is known"
     faiss = import_faiss()
@@ -151,9 +149,12 @@ def _variants(name, index, exact, D):
     def setting(field, owner, value): return lambda: setattr(owner, field, value)
     size = _faiss_bytes(index, n, D)
     if name == "HNSW32": return [Method(f"faiss HNSW32, ef {ef}", _found(index), size, setting("efSearch", index.hnsw, ef)) for ef in (16, 64, 256)]
-    refined, out = faiss.IndexRefine(index, exact), []
-    refined.k_factor = CANDIDATES / TOP
-    for tail, search, size in ("", _found(index), size), (" + refine", _found(refined, index, exact), size | dict(vectors=4. * D)):
+    forms, out = [("", _found(index), size)], []
+    for c in REFINED:
+        refined = faiss.IndexRefine(index, exact)
+        refined.k_factor = c / TOP
+        forms.append((f" + refine {c}", _found(refined, index, exact), size | dict(vectors=4. * D)))
+    for tail, search, size in forms:
         if name not in LISTS: out.append(Method(f"faiss {name}{tail}", search, size)); continue
         out += [Method(f"faiss {name}, nprobe {p}{tail}", search, size, setting("nprobe", index, p)) for p in (4, 16, 64) if p <= index.nlist]
     return out
@@ -336,19 +337,26 @@ def _run(sizes, queries, timed, rounds, seed, data, work, peers):
     for path in (*(work/str(n)/"measured.json" for n in sizes), work/"flat.json"): path.unlink(missing_ok=True)
     return Bench({n: p | dict(overhead=Ratio(*p["overhead"])) for n, p in pools.items()}, flat)
 
-# %% ../nbs/22_bench.ipynb #1e37d939
+# %% ../nbs/22_bench.ipynb #95341281
 BARS = dict(overhead=1.15, flat=1.2)
-DRAWN = ("light decoder, beam 50", "light decoder, beam 200", LEARNED, EXACT, "faiss HNSW32, ef 64", "faiss IVF-PQ8, nprobe 16", "faiss IVF-PQ8, nprobe 16 + refine",
-         "faiss IVF-PQ32, nprobe 16", "faiss PQ32x4 FastScan + refine")
+DRAWN = ("light decoder, beam 50", "light decoder, beam 200", LEARNED, EXACT, "faiss HNSW32, ef 64", "faiss IVF-PQ8, nprobe 16", "faiss IVF-PQ8, nprobe 16 + refine 200",
+         "faiss IVF-PQ32, nprobe 16 + refine 50", "faiss PQ32x4 FastScan + refine 200")
+
+def total(
+    method: dict,  # of a pool
+) -> float:
+    "Bytes an item, all parts together"
+    return sum(method["bytes"].values())
 
 def rivals(
     methods: dict,     # of one pool
     name: str,         # the method they are rivals of
     slack: float=.005, # recall they may fall short by
+    bytes: bool=True,  # only those that keep no more bytes
 ) -> list:             # names of faiss indexes
-    "faiss indexes that find as much in no more bytes"
+    "faiss indexes that find as much, in no more bytes"
     mine = methods[name]
-    return [k for k, m in methods.items() if k.startswith("faiss") and m["recall"] >= mine["recall"] - slack and sum(m["bytes"].values()) <= sum(mine["bytes"].values())]
+    return [k for k, m in methods.items() if k.startswith(("faiss", "exact")) and m["recall"] >= mine["recall"] - slack and (not bytes or total(m) <= total(mine))]
 
 def crossover(
     sizes,    # ascending
@@ -363,7 +371,7 @@ def crossover(
     share = gap[last] / (gap[last] - gap[last + 1])
     return float(np.exp((1 - share) * np.log(sizes[last]) + share * np.log(sizes[last + 1])))
 
-# %% ../nbs/22_bench.ipynb #45350325
+# %% ../nbs/22_bench.ipynb #1bbae1ea
 def _verdicts(bench):
     "Lines of text, each with its numbers: (text, value, low, high, bar)"
     out, sizes = [], sorted(bench.pools)
@@ -376,15 +384,16 @@ def _verdicts(bench):
     return lines + _against(bench, sizes[-1]) + _crossings(bench, sizes), out
 
 def _against(bench, n):
-    "Each light decoder beside its rivals at the largest pool"
+    "Each light decoder beside its rivals at the largest pool, and the fastest faiss index of its recall at any bytes"
     methods, lines = bench.pools[n]["methods"], []
-    show = lambda k: f"{k} ({bench.ms(n, k):.3f} ms, recall {methods[k]['recall']:.3f}, {sum(methods[k]['bytes'].values()):.1f} bytes)"
+    show = lambda k: f"{k} ({bench.ms(n, k):.3f} ms, recall {methods[k]['recall']:.3f}, {total(methods[k]):.1f} bytes)"
+    speed = lambda k: bench.ms(n, k)
     for name in (k for k in methods if k.startswith("light")):
-        field = sorted(rivals(methods, name), key=lambda k: bench.ms(n, k))
-        slower = [k for k in field if bench.ms(n, k) > bench.ms(n, name)]
-        lines += [f"{show(name)}, {n:,} items: below {len(slower)} of {len(field)} faiss indexes that find as much in no more bytes"
-                  + ("" if len(slower) == len(field) else "; not below:")]
-        lines += [f"  {show(k)}" for k in field if k not in slower] + [f"  next: {show(k)}" for k in slower[:1]]
+        field, any_size = (sorted(rivals(methods, name, bytes=b), key=speed) for b in (True, False))
+        slower = [k for k in field if speed(k) > speed(name)]
+        word = f"below {len(slower)} of the {len(field)} faiss indexes that find as much in no more bytes" if field else "no faiss index finds as much in no more bytes"
+        lines += [f"{show(name)}, {n:,} items: {word}", *(f"  not below: {show(k)}" for k in field if k not in slower), *(f"  next: {show(k)}" for k in slower[:1])]
+        lines += [f"  fastest at any bytes: {show(k)}" for k in any_size[:1]]
     return lines
 
 def _crossings(bench, sizes):
@@ -398,7 +407,7 @@ def _crossings(bench, sizes):
             lines.append(f"  {k}: " + ("not within these pools" if at is None else f"{at:,.0f}" if at > have[0] else f"all measured, {have[0]:,} and more"))
     return lines
 
-# %% ../nbs/22_bench.ipynb #1c9d1b75
+# %% ../nbs/22_bench.ipynb #eafa8f79
 PANELS = dict(single="one query", batch="100 at once")
 
 def _time_cells(bench, data, names, p95):
@@ -419,7 +428,7 @@ def _fact_cells(bench, data, queries):
         for name, m in pool["methods"].items():
             if m["recall"] is None: continue
             out.append(cell(name, n, 100 * m["recall"], data, panel="recall@10 against exact search", unit="%", n=queries))
-            out.append(cell(name, n, round(sum(m["bytes"].values()), 2), data, panel="bytes an item, rerank vectors included"))
+            out.append(cell(name, n, round(total(m), 2), data, panel="bytes an item, rerank vectors included"))
             if n == max(bench.pools): out += [cell(name, p, round(m["bytes"][p], 2), data, panel=f"bytes an item by part, {n:,} items") for p in PARTS]
     return out
 
@@ -438,7 +447,7 @@ def _save(bench, verdicts, data, queries, timed, seed, folder):
               for what, r, bar in verdicts for column, v in (("ratio", r.value), ("bar", bar)) if v is not None]
     save_results(folder, f"{name}_ratios", ratios, about, "Ratios of latencies, medians over pairs on the same query, intervals by bootstrap over queries.", times=True)
 
-# %% ../nbs/22_bench.ipynb #2e353283
+# %% ../nbs/22_bench.ipynb #49995c6c
 def bench_latency(
     sizes=(1_000, 10_000, 100_000, 1_000_000),  # pools, in items
     queries: int=1000,         # recall is taken over them
@@ -452,7 +461,7 @@ def bench_latency(
 ) -> Bench:
     "Measure latency, recall and bytes of every method at every size; ValueError for data or sizes that are not known"
     if data != "events" and data not in KINDS: raise ValueError(f"data: expected events, {', '.join(KINDS)}, got {data!r}")
-    if quick: sizes, queries, timed = (1_000, 10_000), 100, 20
+    if quick: sizes, queries, timed = (1_000, 10_000), 50, 12
     sizes = sorted({as_count(n, "sizes", 1000) for n in sizes})
     if not sizes: raise ValueError("sizes: expected at least one, got none")
     if as_count(timed, "timed", 2) > as_count(queries, "queries", 2): raise ValueError(f"timed: expected at most {queries}, the queries, got {timed}")

@@ -15,7 +15,7 @@ __all__ = ['as_vectors', 'unit', 'mean_view', 'as_count', 'as_ids', 'atomic_path
            'write_json', 'read_json', 'save_arrays', 'load_arrays', 'rng', 'torch_seed', 'pick_device', 'fast_bf16',
            'progress', 'fingerprint', 'cores', 'in_threads', 'import_faiss']
 
-# %% ../nbs/00_core.ipynb #9eddbb92
+# %% ../nbs/00_core.ipynb #190d1018
 def as_vectors(
     x,                    # array-like (N, D) or (N, V, D)
     name: str,            # the argument's name, for the error
@@ -25,12 +25,13 @@ def as_vectors(
     "Check `x` and return it as float32; ValueError names `name`, what came and what was expected"
     try: a = np.asarray(x)
     except ValueError: raise ValueError(f"{name}: expected numbers in a regular array, got rows of different shapes") from None
+    except (TypeError, RuntimeError) as e: raise ValueError(f"{name}: expected numbers in a regular array, got {type(x).__name__} ({e})") from None
     want = " or ".join({1: "(D,)", 2: "(N, D)", 3: "(N, V, D)"}[d] for d in dims)
     if a.dtype.kind not in "fiu": raise ValueError(f"{name}: expected float numbers of shape {want}, got dtype {a.dtype}")
     if a.ndim not in dims: raise ValueError(f"{name}: expected shape {want}, got {a.shape}")
     if 0 in a.shape[1:]: raise ValueError(f"{name}: expected at least one number a row, got shape {a.shape}")
     if width is not None and a.shape[-1] != width: raise ValueError(f"{name}: expected width {width}, got {a.shape[-1]}")
-    a = np.ascontiguousarray(a, np.float32)
+    with np.errstate(over="ignore"): a = np.ascontiguousarray(a, np.float32)
     if not np.isfinite(a).all(): raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
     return a
 

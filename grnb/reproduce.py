@@ -22,7 +22,7 @@ from .tokenizer import ResidualKMeans
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'Experiment', 'reproduce']
 
-# %% ../nbs/23_reproduce.ipynb #fd77c312
+# %% ../nbs/23_reproduce.ipynb #eee22f20
 @dataclass(frozen=True)
 class Experiment:
     "One table: where the data comes from and what is run on it"
@@ -36,7 +36,7 @@ class Experiment:
     timed: int = 200                   # queries timed one at a time
 
 EXPERIMENTS = {
-    "events": Experiment("events", (("size", 3000), ("queries", 3000)), steps=400),
+    "events": Experiment("events", (("size", 2000), ("queries", 2000)), steps=200),
     "events_full": Experiment("events", (("size", 10_000), ("queries", 10_000))),
     "flickr8k": Experiment("flickr8k", steps=600),
     "flickr8k_tfidf": Experiment("flickr8k", (("text", "tfidf"),), light=((8, False),), beams=(200,), steps=0),
@@ -221,12 +221,12 @@ def _kept_share(a, b, share=.98):
     values = [recall(x[0]["two"], 10) - share * recall(y[0]["two"], 10) for x, y in zip(a, b)]
     return _pooled(values, [x[0]["groups"] for x in a]).times(100)
 
-# %% ../nbs/23_reproduce.ipynb #8a40bb47
+# %% ../nbs/23_reproduce.ipynb #9e7a44e7
 def reproduce(
     task: str="events",          # a name of EXPERIMENTS
     folder="figures/results",    # where results go
     work=".grnb/reproduce",      # where unfinished pieces wait
-    full: bool=False,            # events only: 10,000 videos instead of 3,000
+    full: bool=False,            # events only: 10,000 videos instead of 2,000
     experiment: Experiment|None=None,  # other settings under the same name
     say: Callable=print,         # told of every piece
 ) -> list:                       # files written

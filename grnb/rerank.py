@@ -29,10 +29,10 @@ def _rerank(queries, vectors, rows, k, out, out_score):                       # 
         pick = best(score, mine, k)
         for i in range(len(pick)): out[q, i], out_score[q, i] = mine[pick[i]], score[pick[i]]
 
-# %% ../nbs/18_rerank.ipynb #b82dbff9
+# %% ../nbs/18_rerank.ipynb #ca6055e5
 def cosine(
     queries,  # (Q, D) float, unit rows
-    vectors,  # (N, D) or (N, V, D) float32 or float16, unit rows; a memory map will do
+    vectors,  # (N, D) or (N, V, D) float32, unit rows; a memory map will do
     rows,     # (Q, C) int64 candidate rows, −1 where there are fewer
     k: int,   # how many to keep
 ) -> tuple[np.ndarray, np.ndarray]:  # rows int64 (Q, k), −1 past the end; cosine float32, −inf there

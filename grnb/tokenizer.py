@@ -93,7 +93,7 @@ def _check_codes(codes, codebooks):
     if len(c) and ((c < 0) | (c >= sizes)).any(): raise ValueError(f"codes: expected values below {sizes.tolist()}, got up to {c.max(0).tolist()}")
     return c.astype(np.int64)
 
-# %% ../nbs/12_tokenizer.ipynb #0a9c3daf
+# %% ../nbs/12_tokenizer.ipynb #dc952be0
 class ResidualKMeans:
     "Residual k-means: nothing learned by gradient, codewords in the items' own space"
     latent = False
@@ -104,7 +104,7 @@ class ResidualKMeans:
         seed: int=0,       # same seed and data, same codebooks
         iters: int=25,     # k-means rounds a level
     ):
-        self.K = (as_count(K, "K"),) * as_count(L, "L") if isinstance(K, (int, np.integer)) else tuple(as_count(k, "K") for k in K)
+        self.K = tuple(as_count(k, "K") for k in K) if isinstance(K, (list, tuple)) else (as_count(K, "K"),) * as_count(L, "L")
         if len(self.K) != L: raise ValueError(f"K: expected one number or {L}, got {len(self.K)}")
         if max(self.K) > 65536: raise ValueError(f"K: expected at most 65536, got {max(self.K)}")
         self.L, self.seed, self.iters, self.codebooks = L, as_count(seed, "seed", 0), as_count(iters, "iters"), []
@@ -261,13 +261,16 @@ def _save_vae(self, path):
 
 RQVAE._build, RQVAE._kmeans_start, RQVAE._ready, RQVAE.encode, RQVAE.decode, RQVAE.save = _build, _kmeans_start, _ready, _encode_vae, _decode_vae, _save_vae
 
-# %% ../nbs/12_tokenizer.ipynb #fd239f67
+# %% ../nbs/12_tokenizer.ipynb #40472ca0
 def load_quantizer(
     path,  # a file of `save`
 ) -> Quantizer:
     "Read a quantiser of any kind; ValueError where the file is not one"
     arrays, meta = load_arrays(path)
-    kind = meta.pop("kind", None)
+    try: return _quantizer_from(path, arrays, meta, meta.pop("kind", None))
+    except (KeyError, TypeError, RuntimeError, AttributeError) as e: raise ValueError(f"{path}: not a quantiser of this version ({e})") from None
+
+def _quantizer_from(path, arrays, meta, kind):
     if kind == "residual_kmeans":
         q = ResidualKMeans(tuple(meta["K"]), meta["L"], meta["seed"], meta["iters"])
         q.codebooks = [arrays[f"codebook.{l}"].copy() for l in range(q.L)]

@@ -71,7 +71,7 @@ def flickr8k_task(
     one = Qrels(np.arange(len(queries) + 1), data.image_rows)               # a caption counts for its own photo only
     return Task("flickr8k", standardise(data.views, train), queries, data.captions, data.image_rows, one, data.split)
 
-# %% ../../nbs/11_features_tasks.ipynb #a23ab33a
+# %% ../../nbs/11_features_tasks.ipynb #52ff42b2
 TASKS = {"events": events_task, "flickr8k": flickr8k_task}
 
 def load_task(
@@ -82,7 +82,7 @@ def load_task(
     **options,           # what the task's own function takes besides
 ) -> Task:
     "A task by name; ValueError for a name or option that is not built, listing those that are; FileNotFoundError where data is missing"
-    if name not in TASKS: raise ValueError(f"name: expected one of {', '.join(TASKS)}, got {name!r}")
+    if not isinstance(name, str) or name not in TASKS: raise ValueError(f"name: expected one of {', '.join(TASKS)}, got {name!r}")
     known = inspect.signature(TASKS[name]).parameters
     options |= {k: v for k, v in dict(size=size, path=path).items() if v is not None}
     for k in options:
