@@ -23,26 +23,24 @@ from .tokenizer import ResidualKMeans, load_quantizer
 from .trie import Trie
 
 # %% auto #0
-__all__ = ['WIDTH', 'SUBS', 'KINDS', 'PARTS', 'TOP', 'CANDIDATES', 'REFINED', 'BARS', 'DRAWN', 'vectors', 'Method', 'threads',
-           'Ratio', 'paired_ratio', 'Bench', 'total', 'rivals', 'crossover', 'bench_latency']
+__all__ = ['WIDTH', 'SUBS', 'KINDS', 'PARTS', 'TOP', 'CANDIDATES', 'BARS', 'DRAWN', 'vectors', 'Method', 'threads', 'Ratio',
+           'paired_ratio', 'Bench', 'total', 'rivals', 'crossover', 'bench_latency']
 
 # %% ../nbs/22_bench.ipynb #fea6b422
 WIDTH, SUBS, KINDS = 512, 20, {"clustered": 2_000, "many": 50_000, "ood": 2_000}   # kind → centres
 
-# %% ../nbs/22_bench.ipynb #1d4f68d0
+# %% ../nbs/22_bench.ipynb #dfeb6138
 def _normal(n, *stream, scale=WIDTH ** -.5): return rng(*stream).standard_normal((n, WIDTH), np.float32) * np.float32(scale)
 
-def _centres(out, kind, seed, what, block=1000):
-    "Fill `out` with each row's centre, and its sub-centre where the kind has them"
-    n, K = len(out), KINDS[kind]
+def _centres(out, kind, seed, what):
+    "Fill `out` with each row's centre, and its sub-centre where the kind has them; only those of one centre are in memory"
+    n, K, subs = len(out), KINDS[kind], SUBS * (kind != "ood")
     centre = (K * rng(seed, kind, what, "centre").random(n) ** 1.5).astype(np.int64)
-    sub = rng(seed, kind, what, "sub").random(n)
-    sub, order = (SUBS * sub).astype(np.int64), np.argsort(centre, kind="stable")
-    for lo in range(0, K, block):                                                # only one block of sub-centres is in memory
-        rows = order[slice(*np.searchsorted(centre[order], (lo, lo + block)))]
-        c = centre[rows] - lo
-        out[rows] = .6 * _normal(block, seed, kind, "centres", lo)[c]
-        if kind != "ood" and len(rows): out[rows] += .5 * _normal(block * SUBS, seed, kind, "subs", lo)[c * SUBS + sub[rows]]
+    sub, order = (SUBS * rng(seed, kind, what, "sub").random(n)).astype(np.int64), np.argsort(centre, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(centre[order])) + 1):
+        c = _normal(1 + subs, seed, kind, "centre", int(centre[rows[0]]))
+        out[rows] = .6 * c[0]
+        if subs: out[rows] += .5 * c[1 + sub[rows]]
 
 # %% ../nbs/22_bench.ipynb #22b6fa66
 def _draw(n, kind, seed, what, more=0., block=8192):
@@ -70,8 +68,8 @@ def vectors(
     if kind not in KINDS: raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     return _draw(as_count(n, "n"), kind, seed, "items"), _draw(as_count(queries, "queries"), kind, seed, "queries", .5 if kind == "ood" else 0.)
 
-# %% ../nbs/22_bench.ipynb #2b426462
-PARTS, TOP, CANDIDATES, REFINED = ("codes", "structure", "rows", "fixed", "vectors"), 10, 50, (50, 200, 800)
+# %% ../nbs/22_bench.ipynb #11851760
+PARTS, TOP, CANDIDATES = ("codes", "structure", "rows", "fixed", "vectors"), 10, 50
 
 class Method(NamedTuple):
     "One way to search a pool"
@@ -106,9 +104,10 @@ def _learned(x, trie, books, seed):
     def decode(q, tree=trie): beam_search(frozen, q, tree, BEAM)
     return Method(LEARNED, search, _bytes(n, **own)), Method(FREE, lambda q: decode(q, None), _bytes(n, fixed=own["fixed"])), decode
 
-# %% ../nbs/22_bench.ipynb #32c5acc1
+# %% ../nbs/22_bench.ipynb #b4849f0f
 EXACT = "exact dense (faiss flat)"
 LISTS = {"IVF-PQ4": "PQ4np", "IVF-PQ8": "PQ8np", "IVF-PQ16": "PQ16np", "IVF-PQ32": "PQ32np", "IVF-PQ16x4 FastScan": "PQ16x4fsr"}
+PROBES, REFINED = (4, 8, 16, 32, 64, 128), (50, 100, 200, 400, 800)              # lists visited; candidates of the exact rerank
 PEERS = ("HNSW32", *LISTS, "PQ32x4 FastScan")
 
 def _fill(index, x, label, block=20_000):
@@ -123,6 +122,7 @@ def _coarse(x, train):
     km.train(train)
     return _fill(faiss.IndexFlatIP(x.shape[1]), km.centroids, "")
 
+# %% ../nbs/22_bench.ipynb #51deac21
 def _build(name, x, train, coarse):
     "One faiss index, by its name"
     faiss, D, ip = import_faiss(), x.shape[1], import_faiss().METRIC_INNER_PRODUCT
@@ -134,7 +134,7 @@ def _build(name, x, train, coarse):
     index.train(train)
     return _fill(index, x, name)
 
-# %% ../nbs/22_bench.ipynb #03634778
+# %% ../nbs/22_bench.ipynb #f15e0704
 def _faiss_bytes(index, n, D):
     "Bytes by part: the serialized size, less what is known"
     faiss = import_faiss()
@@ -143,6 +143,7 @@ def _faiss_bytes(index, n, D):
     fixed = 0 if flat else 4 * D * (index.nlist if lists else 0) + 4 * index.pq.centroids.size()
     return _bytes(n, codes=codes, rows=rows, fixed=fixed, structure=max(0, total - codes - rows - fixed))
 
+# %% ../nbs/22_bench.ipynb #d75a1058
 def _variants(name, index, exact, D):
     "Methods of one built index: its settings, alone and refined"
     faiss, n = import_faiss(), exact.ntotal
@@ -156,7 +157,7 @@ def _variants(name, index, exact, D):
         forms.append((f" + refine {c}", _found(refined, index, exact), size | dict(vectors=4. * D)))
     for tail, search, size in forms:
         if name not in LISTS: out.append(Method(f"faiss {name}{tail}", search, size)); continue
-        out += [Method(f"faiss {name}, nprobe {p}{tail}", search, size, setting("nprobe", index, p)) for p in (4, 16, 64) if p <= index.nlist]
+        out += [Method(f"faiss {name}, nprobe {p}{tail}", search, size, setting("nprobe", index, p)) for p in PROBES if p <= index.nlist]
     return out
 
 def _found(index, *parts): return lambda q: (index.search(q, TOP)[1], parts)[0]    # parts: what a faiss index points to must live as long
@@ -229,7 +230,7 @@ def threads(
         with threadpool_limits(n): yield
     finally: faiss.omp_set_num_threads(before[0]); torch.set_num_threads(before[1])
 
-# %% ../nbs/22_bench.ipynb #8420cf2b
+# %% ../nbs/22_bench.ipynb #d08b60b8
 def _seconds(f, *args):
     "How long a call takes, and what it gives"
     start = perf_counter()
@@ -243,6 +244,7 @@ def _quiet():
     try: yield
     finally: gc.enable()
 
+# %% ../nbs/22_bench.ipynb #0ea19e82
 def _one_by_one(methods, queries, rounds, order):
     "Seconds of every query, method by method (M, Q)"
     out = np.zeros((len(methods), len(queries)))
@@ -252,6 +254,7 @@ def _one_by_one(methods, queries, rounds, order):
             for i in (*block[-2:], *block): out[m, i] = _seconds(methods[m].search, queries[i:i + 1])[0]
     return out
 
+# %% ../nbs/22_bench.ipynb #e6750b71
 def _batches(methods, queries, order, size=100):
     "Seconds a query of every batch (M, batches), and the rows found (M, Q, 10), −1 where there are none"
     starts = range(0, len(queries), size)
@@ -287,7 +290,7 @@ def paired_ratio(
     again = np.median(r[rng(seed, "bench", "ratio").integers(len(r), size=(2000, len(r)))], axis=1)
     return Ratio(float(np.median(r)), *map(float, np.quantile(again, (.025, .975))))
 
-# %% ../nbs/22_bench.ipynb #a29101ca
+# %% ../nbs/22_bench.ipynb #e5e4b7ac
 def _measure(x, queries, timed, rounds, seed, work, peers=PEERS):
     "One pool's piece: for every method seconds, recall of each query and bytes; and what the constraint costs"
     methods, decode = _methods(x, seed, work, peers)
@@ -301,6 +304,7 @@ def _measure(x, queries, timed, rounds, seed, work, peers=PEERS):
            for i, m in enumerate(methods)}
     return dict(methods=out, overhead=overhead)
 
+# %% ../nbs/22_bench.ipynb #b3f8283c
 def _flatness(x, small, large, queries, seed, work):
     "The learned generator's search in a large pool over that in a small one"
     search = []
@@ -319,7 +323,7 @@ class Bench(NamedTuple):
         "Median milliseconds a query"
         return 1e3 * float(np.median(self.pools[size]["methods"][name][how]))
 
-# %% ../nbs/22_bench.ipynb #7f333bd3
+# %% ../nbs/22_bench.ipynb #c1c7b7ec
 def _piece(path, mark, make):
     "A measured piece of this very code and settings, or measure it"
     if path.exists() and (old := read_json(path))["mark"] == mark: return old["piece"]
@@ -329,7 +333,8 @@ def _piece(path, mark, make):
 
 def _run(sizes, queries, timed, rounds, seed, data, work, peers):
     "Measure every pool, then the ratio between two of them"
-    mark = fingerprint(*(f.read_text() for f in sorted(Path(__file__).parent.rglob("*.py"))), queries, timed, rounds, peers)
+    code = Path(as_count.__code__.co_filename).parent                             # the package's folder
+    mark = fingerprint(*(f.read_text() for f in sorted(code.rglob("*.py"))), queries, timed, rounds, peers)
     x, q = _pool(data, max(sizes), queries, seed, work)
     pools = {n: _piece(work/str(n)/"measured.json", mark, lambda: _measure(x[:n], q, timed, rounds, seed, work/str(n), peers)) for n in sizes}
     flat, small = None, min((n for n in sizes if n >= 10_000), default=min(sizes))
@@ -337,10 +342,10 @@ def _run(sizes, queries, timed, rounds, seed, data, work, peers):
     for path in (*(work/str(n)/"measured.json" for n in sizes), work/"flat.json"): path.unlink(missing_ok=True)
     return Bench({n: p | dict(overhead=Ratio(*p["overhead"])) for n, p in pools.items()}, flat)
 
-# %% ../nbs/22_bench.ipynb #95341281
+# %% ../nbs/22_bench.ipynb #41ebad0f
 BARS = dict(overhead=1.15, flat=1.2)
-DRAWN = ("light decoder, beam 50", "light decoder, beam 200", LEARNED, EXACT, "faiss HNSW32, ef 64", "faiss IVF-PQ8, nprobe 16", "faiss IVF-PQ8, nprobe 16 + refine 200",
-         "faiss IVF-PQ32, nprobe 16 + refine 50", "faiss PQ32x4 FastScan + refine 200")
+DRAWN = ("light decoder, beam 50", "light decoder, beam 200", "light decoder 2,048 first, beam 50", LEARNED, EXACT, "faiss HNSW32, ef 64",
+         "faiss IVF-PQ8, nprobe 64 + refine 200", "faiss IVF-PQ16x4 FastScan, nprobe 64 + refine 800", "faiss PQ32x4 FastScan + refine 800")
 
 def total(
     method: dict,  # of a pool
@@ -358,6 +363,7 @@ def rivals(
     mine = methods[name]
     return [k for k, m in methods.items() if k.startswith(("faiss", "exact")) and m["recall"] >= mine["recall"] - slack and (not bytes or total(m) <= total(mine))]
 
+# %% ../nbs/22_bench.ipynb #e3d4748e
 def crossover(
     sizes,    # ascending
     ours,     # latency at each
@@ -371,7 +377,7 @@ def crossover(
     share = gap[last] / (gap[last] - gap[last + 1])
     return float(np.exp((1 - share) * np.log(sizes[last]) + share * np.log(sizes[last + 1])))
 
-# %% ../nbs/22_bench.ipynb #1bbae1ea
+# %% ../nbs/22_bench.ipynb #744f90b7
 def _verdicts(bench):
     "Lines of text, each with its numbers: (text, value, low, high, bar)"
     out, sizes = [], sorted(bench.pools)
@@ -383,6 +389,7 @@ def _verdicts(bench):
     lines = [f"{what}: {r.value:.3f} [{r.low:.3f}, {r.high:.3f}] times" + (f"; at most {bar}: {judge(r.value, bar)}" if bar else "") for what, r, bar in out]
     return lines + _against(bench, sizes[-1]) + _crossings(bench, sizes), out
 
+# %% ../nbs/22_bench.ipynb #5a22fb79
 def _against(bench, n):
     "Each light decoder beside its rivals at the largest pool, and the fastest faiss index of its recall at any bytes"
     methods, lines = bench.pools[n]["methods"], []
@@ -396,6 +403,7 @@ def _against(bench, n):
         lines += [f"  fastest at any bytes: {show(k)}" for k in any_size[:1]]
     return lines
 
+# %% ../nbs/22_bench.ipynb #b727421c
 def _crossings(bench, sizes):
     "From which pool size on the light decoder and the learned generator are below each faiss index"
     names, lines = bench.pools[sizes[-1]]["methods"], []
@@ -407,47 +415,68 @@ def _crossings(bench, sizes):
             lines.append(f"  {k}: " + ("not within these pools" if at is None else f"{at:,.0f}" if at > have[0] else f"all measured, {have[0]:,} and more"))
     return lines
 
-# %% ../nbs/22_bench.ipynb #eafa8f79
+# %% ../nbs/22_bench.ipynb #fcaa8890
 PANELS = dict(single="one query", batch="100 at once")
 
+def _shown(name):
+    "Every second step of the grid of faiss settings: enough for a table"
+    return not any(f"nprobe {p}" in name.split(" + ")[0].split(", ")[-1:] for p in (8, 32, 128)) and not name.endswith((" 100", " 400"))
+
+# %% ../nbs/22_bench.ipynb #962017f7
 def _time_cells(bench, data, names, p95):
     "Milliseconds a query: medians, and 95th percentiles of single queries"
     out = []
     for how, panel in PANELS.items():
         for n, pool in sorted(bench.pools.items()):
-            for name in (k for k in pool["methods"] if names is None or k in names):
+            for name in (k for k in pool["methods"] if (_shown(k) if names is None else k in names)):
                 t = 1e3 * np.array(pool["methods"][name][how])
                 out.append(cell(name, n, np.median(t), data, panel=panel, unit="ms", n=len(t) if how == "single" else None))
                 if p95 and how == "single": out.append(cell(name, n, np.quantile(t, .95), data, panel="one query, 95th percentile", unit="ms", n=len(t)))
     return out
 
+# %% ../nbs/22_bench.ipynb #5202aa06
 def _fact_cells(bench, data, queries):
     "Recall against exact search, and bytes an item by part"
     out = []
     for n, pool in sorted(bench.pools.items()):
         for name, m in pool["methods"].items():
-            if m["recall"] is None: continue
+            if m["recall"] is None or not _shown(name): continue
             out.append(cell(name, n, 100 * m["recall"], data, panel="recall@10 against exact search", unit="%", n=queries))
             out.append(cell(name, n, round(total(m), 2), data, panel="bytes an item, rerank vectors included"))
             if n == max(bench.pools): out += [cell(name, p, round(m["bytes"][p], 2), data, panel=f"bytes an item by part, {n:,} items") for p in PARTS]
     return out
 
-# %% ../nbs/22_bench.ipynb #bfb33ac8
+# %% ../nbs/22_bench.ipynb #6c00b615
+def _verdict_cells(bench, data):
+    "Each light decoder at the largest pool: what it takes, how many rivals it has, how many are slower, and the fastest of them"
+    n, out = max(bench.pools), []
+    for name in (k for k in bench.pools[n]["methods"] if k.startswith("light")):
+        m, mine = bench.pools[n]["methods"][name], bench.ms(n, name)
+        rival = [bench.ms(n, k) for k in rivals(bench.pools[n]["methods"], name)]
+        facts = dict(latency=(mine, "ms"), recall=(100 * m["recall"], "%"), bytes=(total(m), ""), rivals=(len(rival), ""), slower=(sum(r > mine for r in rival), ""))
+        if rival: facts["fastest rival"] = min(rival), "ms"
+        out += [cell(name, k, v, data, panel=f"{n:,} items", unit=unit) for k, (v, unit) in facts.items()]
+    return out
+
+# %% ../nbs/22_bench.ipynb #b5fb2c7e
 def _save(bench, verdicts, data, queries, timed, seed, folder):
-    "Four results: the figure's times, all times, recall and bytes, and the verdicts"
+    "Five results: the figure's times, all times, recall and bytes, and the verdicts"
     about = provenance((seed,), dict(sizes=sorted(bench.pools), queries=queries, timed=timed, data=data, threads_single=1, threads_batch=cores()))
     name = "latency" if data == "events" else f"latency_{data}"
     caption = f"Latency of search for ten items, medians over {timed} queries one at a time on one thread, and in batches of 100 on {cores()}"
     untrained = "The learned generator is at its geometry-initialised start, which has the speed of a trained one."
     kept = "Bytes: codes, structure, rows, fixed parts such as codebooks and weights, and the vectors that a rerank or a graph reads."
     save_results(folder, name, _time_cells(bench, data, DRAWN, False), about, f"{caption}. {untrained}", times=True)
-    save_results(folder, f"{name}_all", _time_cells(bench, data, None, True), about, f"{caption}; every setting. {untrained}", times=True)
+    save_results(folder, f"{name}_all", _time_cells(bench, data, None, True), about, f"{caption}; every second step of the grid of settings. {untrained}", times=True)
     save_results(folder, name, _fact_cells(bench, data, queries), about, f"Recall@10 against exact search over {queries:,} queries, and bytes an item. {kept} {untrained}")
     ratios = [cell(what, column, v, data, unit="times" if column == "ratio" else "", low=r.low if column == "ratio" else None, high=r.high if column == "ratio" else None, n=timed)
               for what, r, bar in verdicts for column, v in (("ratio", r.value), ("bar", bar)) if v is not None]
+    told = (f"The light decoder at {max(bench.pools):,} items, and its rivals: settings of faiss, of the whole grid, that find as much (less half a point of recall) "
+            "in no more bytes, rerank vectors included.")
+    save_results(folder, f"{name}_verdicts", _verdict_cells(bench, data), about, told, times=True)
     save_results(folder, f"{name}_ratios", ratios, about, "Ratios of latencies, medians over pairs on the same query, intervals by bootstrap over queries.", times=True)
 
-# %% ../nbs/22_bench.ipynb #49995c6c
+# %% ../nbs/22_bench.ipynb #594a82c7
 def bench_latency(
     sizes=(1_000, 10_000, 100_000, 1_000_000),  # pools, in items
     queries: int=1000,         # recall is taken over them
@@ -456,7 +485,7 @@ def bench_latency(
     folder="figures/results",  # where results go; None writes none
     work="runs/bench",         # vectors and indexes, about 2.5 GB at 1,000,000 items; a killed run resumes from here
     data: str="events",        # or a kind of `vectors`
-    quick: bool=False,         # two small pools and few queries, in a temporary folder
+    quick: bool=False,         # two small pools and few queries; nothing is kept or written
     say: Callable|None=print,  # what is called with each line of the verdicts; None keeps silent
 ) -> Bench:
     "Measure latency, recall and bytes of every method at every size; ValueError for data or sizes that are not known"
@@ -469,6 +498,6 @@ def bench_latency(
         place = Path(temporary if quick else work)/f"{data}-{max(sizes)}-{seed}"
         bench = _run(sizes, queries, timed, max(1, timed // 25), seed, data, place, ("HNSW32", "IVF-PQ8", "PQ32x4 FastScan") if quick else PEERS)
     lines, ratios = _verdicts(bench)
-    if folder is not None: _save(bench, ratios, data, queries, timed, seed, folder)
+    if folder is not None and not quick: _save(bench, ratios, data, queries, timed, seed, folder)
     for line in lines if say else (): say(line)
     return bench

@@ -141,7 +141,12 @@ def force(
         out.append(scores.expand(-1, codes.shape[1], -1)[:, 0] if flat else scores.expand(-1, codes.shape[1], -1))
     return out
 
-# %% ../nbs/15_generator.ipynb #39fa8787
+# %% ../nbs/15_generator.ipynb #d2854dc0
+class Norm(nn.RMSNorm):
+    "RMS norm that counts in float32, also where products are bfloat16"
+    def forward(self, x): return super().forward(x.float())
+
+# %% ../nbs/15_generator.ipynb #baa6d6f9
 class Block(nn.Module):
     "One pre-norm decoder layer over W beams a query"
     def __init__(self, d_model, n_heads, d_ff, n_layers, dropout):
@@ -153,7 +158,7 @@ class Block(nn.Module):
             to_stream = name in ("out", "cross", "down")                # these add to the residual stream: smaller with depth
             nn.init.normal_(layer.weight, std=i ** -0.5 * ((3 * n_layers) ** -0.5 if to_stream else 1))
             self.add_module(name, layer)
-        self.norms = nn.ModuleList(nn.RMSNorm(d_model, eps=1e-6) for _ in range(3))
+        self.norms = nn.ModuleList(Norm(d_model, eps=1e-6) for _ in range(3))
         self.n_heads, self.drop = n_heads, nn.Dropout(dropout)
     def heads(self, x): return x.unflatten(-1, (self.n_heads, -1)).transpose(-2, -3)      # (..., T, d) -> (..., H, T, d/H)
     def remember(self, memory):                                         # (B, P, d) -> keys and values (B, H, P, d/H)
@@ -226,7 +231,7 @@ class _State(NamedTuple):
     memory: list             # a layer: keys and values (B, H, P, d/H)
     past: list|None          # a layer: keys and values (B, W, H, t, d/H)
 
-# %% ../nbs/15_generator.ipynb #ff910e59
+# %% ../nbs/15_generator.ipynb #e36dd47b
 class PrefixDecoder(nn.Module):
     "The network of `PrefixGenerator`: query vectors to memories, code embeddings to hidden states"
     def __init__(self, dim, levels, d_model, n_layers, n_heads, d_ff, n_prefix, dropout):
@@ -235,7 +240,7 @@ class PrefixDecoder(nn.Module):
         self.prefix = nn.Linear(dim, n_prefix * d_model)
         nn.init.normal_(self.prefix.weight)                             # a unit query gives prefix entries of order 1
         self.pos = nn.Parameter(torch.randn(levels, d_model))
-        self.prefix_norm, self.norm = nn.RMSNorm(d_model, eps=1e-6), nn.RMSNorm(d_model, eps=1e-6)
+        self.prefix_norm, self.norm = Norm(d_model, eps=1e-6), Norm(d_model, eps=1e-6)
         self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, n_layers, dropout) for _ in range(n_layers))
     def remember(self, queries):                                        # (B, D) -> a layer: keys and values (B, H, P, d/H)
         memory = self.prefix_norm(self.prefix(queries).unflatten(-1, (-1, self.pos.shape[1])))

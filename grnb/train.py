@@ -113,7 +113,7 @@ class _State:
         _put(self.moments(), pick("moments/"))
         self.best, self.facts = pick("best/") or None, facts
 
-# %% ../nbs/06_train.ipynb #9fe3976c
+# %% ../nbs/06_train.ipynb #5ef8dcbf
 class TrainResult(NamedTuple):
     "What `train` did; `history` holds (step, dev score), `losses` (step, mean loss since the entry before)"
     steps: int
@@ -121,6 +121,7 @@ class TrainResult(NamedTuple):
     best_score: float|None  # None where nothing was scored
     history: list
     losses: list
+    last: dict|None = None  # weights after the last step, where the best are kept and these are others
 
 # %% ../nbs/06_train.ipynb #be05ce0b
 def _accelerator(device, precision):
@@ -175,7 +176,7 @@ def _step(model, batch, loss, acc, optimizer, seed, step, rate, clip):
     optimizer.step()
     return value.item()
 
-# %% ../nbs/06_train.ipynb #7c989042
+# %% ../nbs/06_train.ipynb #3e60af03
 def train(
     model: torch.nn.Module,      # moved to the device and trained in place
     batch: Callable,             # step → anything; a function of the step alone
@@ -208,10 +209,13 @@ def train(
     if path and path.exists(): state.load(path)
     _run(state, batch, loss, acc, optimizer, evaluate, settings, path, save_every, seed, desc)
     facts = state.facts
-    if keep == "best" and state.best is not None: _put(model.state_dict(), state.best)
+    last = None
+    if keep == "best" and state.best is not None:
+        last = _numpy(model.state_dict())
+        _put(model.state_dict(), state.best)
     else: facts["best_step"] = steps
     model.eval()
-    return TrainResult(steps, facts["best_step"], facts["best_score"], [tuple(h) for h in facts["history"]], [tuple(h) for h in facts["losses"]])
+    return TrainResult(steps, facts["best_step"], facts["best_score"], [tuple(h) for h in facts["history"]], [tuple(h) for h in facts["losses"]], last)
 
 # %% ../nbs/06_train.ipynb #d05d0d8c
 def _run(state, batch, loss, acc, optimizer, evaluate, settings, path, save_every, seed, desc):

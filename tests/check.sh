@@ -6,4 +6,5 @@ cd "$(dirname "$0")/.."
 start=$SECONDS
 python tests/run_notebooks.py --check --workers "${WORKERS:-2}"      # exits 3 on a stale output, 1 on a failure or a notebook that did not run
 echo "notebooks: $((SECONDS - start)) s"
-exec python -m pytest -q --durations=10 tests
+export OMP_NUM_THREADS=1                                              # two workers, one thread each: more threads would only spin
+exec python -m pytest -q -n "${WORKERS:-2}" --durations=10 tests

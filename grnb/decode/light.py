@@ -42,6 +42,14 @@ def _depths(trie):
         begin, end = end, nxt
     return depth
 
+# %% ../../nbs/17_decode_light.ipynb #ef5fce96
+def _peaks(trie, bias):
+    "The largest bias among the children of every entry, −inf where it has none"
+    out, first = np.full(len(trie.code), -np.inf, np.float32), trie.first.astype(np.int64)
+    kids = np.flatnonzero(first[1:] > first[:-1])
+    if len(kids): out[kids] = np.maximum.reduceat(bias[first[0]:], first[kids] - first[0])
+    return out
+
 # %% ../../nbs/17_decode_light.ipynb #1ba15835
 @numba.njit(nogil=True, cache=True)
 def _compact(key, ints, n, keep):
@@ -60,15 +68,14 @@ def _compact(key, ints, n, keep):
             m += 1
     return m, edge
 
-# %% ../../nbs/17_decode_light.ipynb #bd681539
+# %% ../../nbs/17_decode_light.ipynb #0749006d
 @numba.njit(nogil=True, cache=True)
 def _scan(key, leaves, n, keep, floor, dot, lo, hi, depth, table, offsets, codes, bias, low, step):
     "Score the leaves lo…hi below a prefix of `depth` codes; the new n and threshold"
     last = min(len(offsets) - 1, codes.shape[1])
     for r in range(lo, hi):
-        s = dot + low + step * bias[r]
+        s = dot + low + step * np.float32(bias[r])
         for l in range(depth, last): s += table[offsets[l] + codes[r, l]]
-        s = np.float32(s)
         if s > floor:
             key[n], leaves[0, n] = s, r
             n += 1
@@ -88,25 +95,27 @@ def _kids(tmp, key, kids, m, floor, beam, d0, a, table, code, bias):
             if m == len(key): m, floor = _compact(key, kids, m, beam)
     return m, floor
 
-# %% ../../nbs/17_decode_light.ipynb #6970c7e4
+# %% ../../nbs/17_decode_light.ipynb #d425ca04
 @numba.njit(nogil=True, cache=True)
 def light_search(
     table,             # (S,) float32, inner products of the query with all codewords
     beam,              # prefixes kept a depth, and leaves kept at the end
     offsets,           # (L+1,) where a level's codewords begin in `table`
     codes, code, lo, hi, first,   # the trie's arrays
-    bias, leaf_bias, low, step,   # −½‖x̂‖² of entries; of leaves as low + step·leaf_bias
+    bias, peak, leaf_bias, low, step,   # −½‖x̂‖² of entries, and the largest among an entry's children; of leaves as low + step·leaf_bias
 ):                     # leaf numbers (≤ beam,) and scores, descending
     "Residual-quantised beam search of one query"
     room = 4 * beam + 512
     key, leaves, n, floor = np.empty(room, np.float32), np.empty((1, room), np.int64), 0, np.float32(-np.inf)
     ckey, kids, tmp = np.empty(room, np.float32), np.empty((1, room), np.int64), np.empty(65536, np.float32)
     nodes, dots, depth = np.zeros(1, np.int64), np.zeros(1, np.float32), 0
+    highest = np.array([table[offsets[l]:offsets[l + 1]].max() for l in range(len(offsets) - 1)] + [np.float32(0)])
     while len(nodes):
         m, cfloor = 0, np.float32(-np.inf)
         for i in range(len(nodes)):                                            # best parents first: the threshold rises early
             node, d0 = nodes[i], dots[i]
             a, b = np.int64(first[node]), np.int64(first[node + 1])
+            if a < b and d0 + highest[depth] + peak[node] <= cfloor: continue    # none of its children can pass
             if a < b: m, cfloor = _kids(tmp, ckey, kids, m, cfloor, beam, d0, a, table[offsets[depth]:], code[a:b], bias[a:b])
             else: n, floor = _scan(key, leaves, n, beam, floor, d0, np.int64(lo[node]), np.int64(hi[node]), depth, table, offsets, codes, leaf_bias, low, step)
         m, cfloor = _compact(ckey, kids, m, beam)
@@ -117,14 +126,14 @@ def light_search(
     pick = best(key[:n], leaves[0, :n], beam)
     return leaves[0, :n][pick], key[:n][pick]
 
-# %% ../../nbs/17_decode_light.ipynb #6588aabd
+# %% ../../nbs/17_decode_light.ipynb #e3a4c360
 @numba.njit(nogil=True, cache=True)
-def _search_block(tables, beam, offsets, codes, code, lo, hi, first, bias, leaf_bias, low, step, extra, rows, out, out_score):
+def _search_block(tables, beam, offsets, codes, code, lo, hi, first, bias, peak, leaf_bias, low, step, extra, rows, out, out_score):
     for q in range(len(tables)):
-        leaves, scores = light_search(tables[q], beam, offsets, codes, code, lo, hi, first, bias, leaf_bias, low, step)
+        leaves, scores = light_search(tables[q], beam, offsets, codes, code, lo, hi, first, bias, peak, leaf_bias, low, step)
         items_of(leaves, scores, extra, rows, out[q], out_score[q])
 
-# %% ../../nbs/17_decode_light.ipynb #69094751
+# %% ../../nbs/17_decode_light.ipynb #d4b3d4cb
 class LightDecoder:
     "Residual-quantised search over a trie, in strong form, or weak (norms left out)"
     def __init__(self,
@@ -141,19 +150,19 @@ class LightDecoder:
         else:
             gram = self.C @ self.C.T
             bias, leaf = _bias(trie.codes[trie.lo], depth, gram, self.offsets), _bias(trie.codes, full, gram, self.offsets)
-        self.low, self.bias = np.float32(leaf.min()), bias
+        self.low, self.bias, self.peak = np.float32(leaf.min()), bias, _peaks(trie, bias)
         self.step = np.float32((leaf.max() - leaf.min()) / 65535 or 1)
         self.leaf_bias = np.round((leaf - self.low) / self.step).astype(np.uint16)
 
     def bytes(self) -> int:
         "Bytes kept besides the trie"
-        return self.bias.nbytes + self.leaf_bias.nbytes
+        return self.bias.nbytes + self.peak.nbytes + self.leaf_bias.nbytes
 
     def tables(self, queries):
         "Inner products (Q, S) of queries with all codewords"
         return as_vectors(queries, "queries", width=self.C.shape[1]) @ self.C.T
 
-    def _trie(self): return self.trie.codes, self.trie.code, self.trie.lo, self.trie.hi, self.trie.first, self.bias, self.leaf_bias, self.low, self.step
+    def _trie(self): return self.trie.codes, self.trie.code, self.trie.lo, self.trie.hi, self.trie.first, self.bias, self.peak, self.leaf_bias, self.low, self.step
 
 # %% ../../nbs/17_decode_light.ipynb #9df1253e
 def leaves(self,
