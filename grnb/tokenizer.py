@@ -93,7 +93,7 @@ def _check_codes(codes, codebooks):
     if len(c) and ((c < 0) | (c >= sizes)).any(): raise ValueError(f"codes: expected values below {sizes.tolist()}, got up to {c.max(0).tolist()}")
     return c.astype(np.int64)
 
-# %% ../nbs/12_tokenizer.ipynb #dc952be0
+# %% ../nbs/12_tokenizer.ipynb #a9563cc9
 class ResidualKMeans:
     "Residual k-means: nothing learned by gradient, codewords in the items' own space"
     latent = False
@@ -106,7 +106,7 @@ class ResidualKMeans:
     ):
         self.K = tuple(as_count(k, "K") for k in K) if isinstance(K, (list, tuple)) else (as_count(K, "K"),) * as_count(L, "L")
         if len(self.K) != L: raise ValueError(f"K: expected one number or {L}, got {len(self.K)}")
-        if max(self.K) > 65536: raise ValueError(f"K: expected at most 65536, got {max(self.K)}")
+        if sum(self.K) > 32768: raise ValueError(f"K: expected at most 32768 codes over all levels, got {sum(self.K)}: encoding keeps the inner products of all pairs")
         self.L, self.seed, self.iters, self.codebooks = L, as_count(seed, "seed", 0), as_count(iters, "iters"), []
 
     def fit(self, x) -> ResidualKMeans:

@@ -116,7 +116,7 @@ def test_rqvae_is_deterministic_and_in_range(fitted):
 
 @pytest.mark.parametrize('make, says', [
     (lambda: ResidualKMeans(0), 'K: expected at least 1'), (lambda: ResidualKMeans(4, 0), 'L: expected at least 1'),
-    (lambda: ResidualKMeans((4, 4), 3), 'K: expected one number or 3'), (lambda: ResidualKMeans(70_000, 1), 'K: expected at most 65536'),
+    (lambda: ResidualKMeans((4, 4), 3), 'K: expected one number or 3'), (lambda: ResidualKMeans(70_000, 1), 'K: expected at most 32768'),
     (lambda: ResidualKMeans(2.5), 'K: '), (lambda: ResidualKMeans(4, seed=-1), 'seed: '),
     (lambda: RQVAE(K=0), 'K: '), (lambda: RQVAE(steps='9'), 'steps: '),
     (lambda: ResidualKMeans(4, 2).fit(np.zeros((0, 3))), 'items: expected at least one'),
