@@ -113,24 +113,6 @@ def bootstrap(
     value = fold(np.ones((1, g.max() + 1))).mean()
     return Estimate(float(value), float(low), float(high), x.shape[1], len(x))
 
-# %% ../nbs/05_metrics.ipynb #99e83a50
-def bootstrap_apart(
-    values: list,        # S arrays (Q_s,), a number a query
-    groups: list,        # S arrays (Q_s,), the item of each query
-    seed: int=0,         # of the resampling
-    rounds: int=2000,    # resamples
-) -> Estimate:           # n is the mean number of queries a seed
-    "The mean over seeds that share no queries, with a 95 % interval: seeds resampled, then items within each; ValueError on wrong input"
-    draw, per_seed, means = rng(seed, "bootstrap apart"), [], []
-    for v, g in zip(values, groups, strict=True):
-        x, g = _as_values(v), _as_groups(g, len(v))
-        fold = _fold_mean(x, g)
-        per_seed.append(fold(_weights(draw, g.max() + 1, as_count(rounds, "rounds")))[:, 0])
-        means.append(x.mean())
-    pick = draw.integers(len(means), size=(rounds, len(means)))
-    low, high = np.quantile(np.take_along_axis(np.stack(per_seed, 1), pick, 1).mean(1), [.025, .975], method="nearest")
-    return Estimate(float(np.mean(means)), float(low), float(high), round(np.mean([len(v) for v in values])), len(means))
-
 # %% ../nbs/05_metrics.ipynb #ceb214da
 def _as_values(values):
     "(S, Q) float64, not empty, no NaN"
@@ -167,6 +149,24 @@ def _fold_median(x, g):
             out[:, s] = (x[s, o][(c < half).sum(1)] + x[s, o][(c <= half).sum(1)]) / 2
         return out
     return fold
+
+# %% ../nbs/05_metrics.ipynb #99e83a50
+def bootstrap_apart(
+    values: list,        # S arrays (Q_s,), a number a query
+    groups: list,        # S arrays (Q_s,), the item of each query
+    seed: int=0,         # of the resampling
+    rounds: int=2000,    # resamples
+) -> Estimate:           # n is the mean number of queries a seed
+    "The mean over seeds that share no queries, with a 95 % interval: seeds resampled, then items within each; ValueError on wrong input"
+    draw, per_seed, means = rng(seed, "bootstrap apart"), [], []
+    for v, g in zip(values, groups, strict=True):
+        x, g = _as_values(v), _as_groups(g, len(v))
+        fold = _fold_mean(x, g)
+        per_seed.append(fold(_weights(draw, g.max() + 1, as_count(rounds, "rounds")))[:, 0])
+        means.append(x.mean())
+    pick = draw.integers(len(means), size=(rounds, len(means)))
+    low, high = np.quantile(np.take_along_axis(np.stack(per_seed, 1), pick, 1).mean(1), [.025, .975], method="nearest")
+    return Estimate(float(np.mean(means)), float(low), float(high), round(np.mean([len(v) for v in values])), len(means))
 
 # %% ../nbs/05_metrics.ipynb #c0644a30
 def paired(
