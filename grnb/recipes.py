@@ -26,7 +26,7 @@ from .trie import Trie
 __all__ = ['RECIPES', 'Recipe', 'as_recipe', 'hold_out', 'HubText', 'fit_encoder', 'Trained', 'train_generator', 'earned',
            'Fitted', 'save_fitted', 'load_fitted', 'fit_recipe']
 
-# %% ../nbs/19_recipes.ipynb #95924ff8
+# %% ../nbs/19_recipes.ipynb #b728a602
 @dataclass(frozen=True)
 class Recipe:
     "Settings of every stage; ValueError names one that is out of range"
@@ -50,26 +50,29 @@ class Recipe:
     own: float = .25                  # share of a batch whose query is an item's own noised vector
     noise: float = .5                 # length of that noise, before scaling back to unit length
 
-    def _put(self, name, value): object.__setattr__(self, name, value)                                   # plain Python, so that json holds it
+    def __post_init__(self): _check_recipe(self)
 
-    def __post_init__(self):
-        for name, allowed in dict(generator=("light", "prefix"), ids=("bucket", "unique"), init=("geometry", "random")).items():
-            if getattr(self, name) not in allowed: raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name, least in dict(L=1, d_model=1, n_layers=1, n_prefix=1, batch=1, steps=0).items(): self._put(name, as_count(getattr(self, name), name, least))
-        if self.dim is not None: self._put("dim", as_count(self.dim, "dim"))
-        for name in ("weak", "towers"):
-            if not isinstance(getattr(self, name), bool): raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        for name in ("lr", "tower_epochs", "mix", "own", "noise"):
-            x = getattr(self, name)
-            if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)) or not (0 < x if name in ("lr", "tower_epochs") else 0 <= x) or not x < np.inf:
-                raise ValueError(f"{name}: expected a number {'above 0' if name in ('lr', 'tower_epochs') else 'of at least 0'}, got {x!r}")
-            self._put(name, float(x))
-        if self.text_encoder is not None and not isinstance(self.text_encoder, str): raise ValueError(f"text_encoder: expected a name or a folder, got {self.text_encoder!r}")
-        self._put("K", ResidualKMeans(self.K, self.L).K if isinstance(self.K, (list, tuple)) else as_count(self.K, "K"))
-        ResidualKMeans(self.K, self.L)                                                                    # K fits L
-        if self.d_model % 4: raise ValueError(f"d_model: expected a multiple of 4, the number of attention heads, got {self.d_model}")
-        if self.ids == "unique" and self.generator != "light": raise ValueError("ids: 'unique' is built for generator='light' only")
-        if not 0 <= self.own < 1: raise ValueError(f"own: expected a share from 0 and below 1, got {self.own!r}")
+# %% ../nbs/19_recipes.ipynb #b0f30df8
+def _check_recipe(r):
+    "Every setting in range, and as plain Python so that json holds it"
+    put = lambda name, value: object.__setattr__(r, name, value)
+    for name, allowed in dict(generator=("light", "prefix"), ids=("bucket", "unique"), init=("geometry", "random")).items():
+        if getattr(r, name) not in allowed: raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(r, name)!r}")
+    for name, least in dict(L=1, d_model=1, n_layers=1, n_prefix=1, batch=1, steps=0).items(): put(name, as_count(getattr(r, name), name, least))
+    if r.dim is not None: put("dim", as_count(r.dim, "dim"))
+    for name in ("weak", "towers"):
+        if not isinstance(getattr(r, name), bool): raise ValueError(f"{name}: expected True or False, got {getattr(r, name)!r}")
+    for name, positive in dict(lr=True, tower_epochs=True, mix=False, own=False, noise=False).items():
+        x = getattr(r, name)
+        number = isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, bool)
+        if not number or not (x > 0 if positive else x >= 0) or not x < np.inf: raise ValueError(f"{name}: expected a number {'above 0' if positive else 'of at least 0'}, got {x!r}")
+        put(name, float(x))
+    if r.text_encoder is not None and not isinstance(r.text_encoder, str): raise ValueError(f"text_encoder: expected a name or a folder, got {r.text_encoder!r}")
+    put("K", ResidualKMeans(r.K, r.L).K if isinstance(r.K, (list, tuple)) else as_count(r.K, "K"))
+    ResidualKMeans(r.K, r.L)                                                   # K fits L
+    if r.d_model % 4: raise ValueError(f"d_model: expected a multiple of 4, the number of attention heads, got {r.d_model}")
+    if r.ids == "unique" and r.generator != "light": raise ValueError("ids: 'unique' is built for generator='light' only")
+    if not r.own < 1: raise ValueError(f"own: expected a share from 0 and below 1, got {r.own!r}")
 
 # %% ../nbs/19_recipes.ipynb #d92d756f
 RECIPES = {"baseline": Recipe(), "genius": Recipe(generator="prefix", L=4)}

@@ -13,9 +13,9 @@ from .core import atomic_path, fingerprint, read_json, write_json
 from .metrics import Estimate
 
 # %% auto #0
-__all__ = ['SOURCES', 'PACKAGES', 'STORED', 'VERDICTS', 'cell', 'Table', 'pivot', 'provenance', 'save_results', 'load_results',
-           'text', 'note', 'markdown', 'latex', 'write_table', 'style', 'save_figure', 'curves', 'claim', 'ledger',
-           'redraw', 'draw_latency', 'draw_beams', 'draw_ledger']
+__all__ = ['SOURCES', 'PACKAGES', 'STORED', 'VERDICTS', 'BEAMS', 'cell', 'Table', 'pivot', 'provenance', 'save_results',
+           'load_results', 'text', 'note', 'markdown', 'latex', 'write_table', 'style', 'save_figure', 'curves',
+           'claim', 'ledger', 'redraw', 'draw_latency', 'draw_beams', 'draw_ledger']
 
 # %% ../nbs/21_report.ipynb #0365fc65
 SOURCES = ("this run", "paper")
@@ -74,11 +74,11 @@ def pivot(
 # %% ../nbs/21_report.ipynb #ce682f6a
 PACKAGES = ("numpy", "torch", "transformers", "faiss-cpu", "faiss-gpu", "numba", "scikit-learn")
 
-# %% ../nbs/21_report.ipynb #14684163
+# %% ../nbs/21_report.ipynb #1d137d44
 def provenance(
     seeds=(),               # seeds the numbers come from
     config: dict|None=None, # settings of the run
-    device: str="cpu",      # where it ran
+    device: str="cpu",      # where it ran; a caller that picks a device names it
 ) -> dict:                  # json-able
     "Where numbers come from: commit, versions, machine, seeds, settings; no times"
     torch = sys.modules.get("torch")
@@ -86,10 +86,11 @@ def provenance(
             "packages": {p: v for p in ("grnb", *PACKAGES) if (v := _version(p))}, "device": device, "processor": _processor(), "cores": os.cpu_count(),
             "threads": torch.get_num_threads() if torch else None, "seeds": list(seeds), "config": config or {}, "config_hash": fingerprint(config or {})}
 
-# %% ../nbs/21_report.ipynb #d311053b
+# %% ../nbs/21_report.ipynb #369d9adf
 def _git(*args):
-    "One git answer, or None outside a repository"
-    try: return subprocess.run(["git", *args], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    "One git answer about the package's own repository, wherever the process runs; None where it is in none"
+    import grnb
+    try: return subprocess.run(["git", *args], cwd=Path(grnb.__file__).parent, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
 
 def _dirty():
@@ -183,28 +184,49 @@ def note(
     if any(c["dataset"].startswith(STORED) and c["source"] == "this run" for c in cells): parts.append("Stored result, recomputed only where GRNB_DATA holds the data")
     return ". ".join([*parts, f"Dataset: {', '.join(span('dataset'))}", f"Source: {', '.join(span('source'))}."])
 
-# %% ../nbs/21_report.ipynb #9d36850a
+# %% ../nbs/21_report.ipynb #f7272fdf
+_WIDE = 10  # columns
+
+def _sections(cells):
+    "(heading, cells) of each table: one for all, or one a panel where that would be too wide"
+    t = pivot(cells)
+    groups = list(dict.fromkeys(k[:3] for k in t.columns))
+    if len(t.columns) <= _WIDE or len(groups) == 1: return [("", cells)]
+    many = [len({g[i] for g in groups}) > 1 for i in (0, 1)]
+    heading = lambda g: ", ".join(str(p) for p, show in zip(g, (*many, True)) if show and p)
+    inside = lambda g: [{**c, "panel": ""} for c in cells if (c["dataset"], c["source"], c.get("panel", "")) == g]
+    return [(heading(g), inside(g)) for g in groups]
+
+# %% ../nbs/21_report.ipynb #c2b5f277
 def markdown(
     cells: list,          # of `cell`
     caption: str="",      # one sentence
     interval: bool=True,  # show intervals
 ) -> str:
-    "A table as markdown, with caption and note"
+    "A table as markdown, with caption and note; of many columns, one a panel"
+    tables = [f"**{heading}**\n\n{body}" if heading else body for heading, part in _sections(cells) for body in [_markdown(part, interval)]]
+    return "\n\n".join([caption, *tables, note(cells)]).lstrip() + "\n"
+
+def _markdown(cells, interval):
     t = pivot(cells)
     heads = [f"{group}: {name}" if group else name for group, name in _headings(t)]
     lines = [["", *heads], ["---", *["---:"] * len(heads)]]
     lines += [[r, *(text(t.cells.get((r, k)), interval) for k in t.columns)] for r in t.rows]
-    body = "\n".join("| " + " | ".join(v.replace("|", "\\|") for v in line) + " |" for line in lines)
-    return f"{caption}\n\n{body}\n\n{note(cells)}\n".lstrip()
+    return "\n".join("| " + " | ".join(v.replace("|", "\\|") for v in line) + " |" for line in lines)
 
-# %% ../nbs/21_report.ipynb #9d2212e7
+# %% ../nbs/21_report.ipynb #2a717949
 def latex(
     cells: list,          # of `cell`
     caption: str="",      # one sentence
     label: str="",        # for \ref
     interval: bool=True,  # show intervals
 ) -> str:
-    "A table as LaTeX (booktabs), with caption and note"
+    "A table as LaTeX (booktabs), with caption and note; of many columns, one a panel, labelled -1, -2 and so on"
+    parts = _sections(cells)
+    mark = lambda i: label and label + f"-{i}" * (len(parts) > 1)
+    return "\n".join(_latex(part, " ".join(filter(None, [f"{heading}." * bool(heading), caption, note(part)])), mark(i), interval) for i, (heading, part) in enumerate(parts, 1))
+
+def _latex(cells, caption, label, interval):
     t = pivot(cells)
     heads = _headings(t)
     groups = [(g, sum(1 for _ in same)) for g, same in groupby(heads, key=lambda h: h[0])]
@@ -212,7 +234,7 @@ def latex(
     if any(g for g, _ in groups): lines.append(" & ".join(["", *(rf"\multicolumn{{{n}}}{{c}}{{{_escape(g)}}}" for g, n in groups)]) + r" \\")
     lines += [" & ".join(["", *(_escape(name) for _, name in heads)]) + r" \\", r"\midrule"]
     lines += [" & ".join(_escape(v) for v in [r, *(text(t.cells.get((r, k)), interval) for k in t.columns)]) + r" \\" for r in t.rows]
-    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{_escape(' '.join(filter(None, [caption, note(cells)])))}}}"]
+    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{_escape(caption)}}}"]
     return "\n".join(lines + ([rf"\label{{{label}}}"] if label else []) + [r"\end{table}", ""])
 
 # %% ../nbs/21_report.ipynb #d1858111
@@ -255,7 +277,7 @@ def save_figure(
     with atomic_path(Path(folder)/f"{name}.md") as tmp: tmp.write_text(f"![{caption}]({name}.png)\n\n{caption}\n", encoding="utf-8")
     return Path(folder)/f"{name}.png"
 
-# %% ../nbs/21_report.ipynb #0870f17d
+# %% ../nbs/21_report.ipynb #40620ebd
 def curves(
     cells: list,               # of `cell`; series (or row) names the curve, x (or column) the place
     xlabel: str,               # with unit
@@ -264,8 +286,9 @@ def curves(
     logy: bool=False,
     sharey: bool=True,         # one scale for all panels
     dashed=("exact", "faiss"), # curves whose names begin so are drawn dashed: what is compared against
+    spread: float=0.,          # above 0: intervals as bars, and neighbouring curves this share apart, where they would cover each other
 ):                             # a matplotlib figure
-    "One curve a series in a plot a panel; a series with a single cell and no x is a level line; bands are intervals"
+    "One curve a series in a plot a panel; a series with a single cell and no x is a level line; bands or bars are intervals"
     import matplotlib.pyplot as plt
     style()
     panels = list(dict.fromkeys(c.get("panel", "") for c in cells))
@@ -275,7 +298,7 @@ def curves(
         if logx: ax.set_xscale("log")
         if logy: ax.set_yscale("log"); ax.yaxis.set_major_formatter(lambda v, _: _short(v))
         for i, name in enumerate(names):
-            _curve(ax, [c for c in cells if c.get("panel", "") == panel and _series(c) == name], name, i, name.startswith(tuple(dashed)))
+            _curve(ax, [c for c in cells if c.get("panel", "") == panel and _series(c) == name], name, i, name.startswith(tuple(dashed)), spread and (1 + spread)**(i - len(names) / 2))
         if len(ticks := sorted({p for c in cells if (p := _place(c)) is not None})) <= 8: ax.set_xticks(ticks, map(_short, ticks)); ax.set_xticks([], minor=True)
         ax.set(title=panel, xlabel=xlabel)
     axes[0, 0].set_ylabel(ylabel)
@@ -284,7 +307,7 @@ def curves(
     plt.close(fig)                       # the caller shows or saves it
     return fig
 
-# %% ../nbs/21_report.ipynb #560c1dfa
+# %% ../nbs/21_report.ipynb #5141985e
 def _series(c): return c.get("series") or c["row"]
 
 def _short(v):
@@ -292,15 +315,16 @@ def _short(v):
     size, unit = next((p for p in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if abs(v) >= p[0]), (1, ""))
     return f"{v / size:.6g}{unit}"
 
-def _curve(ax, cells, name, i, dashed):
-    "Draw one series: a line with its band, or a level line where there is no x"
+def _curve(ax, cells, name, i, dashed, shift=0):
+    "Draw one series: a line with its band (moved aside, with bars), or a level line where there is no x"
     import seaborn
     look = dict(color=seaborn.color_palette("colorblind")[i % 10], linestyle="--" if dashed else "-", label=name)
     points = sorted((float(x), *(float(c[k]) if c.get(k) is not None else None for k in ("value", "low", "high"))) for c in cells if (x := _place(c)) is not None)
     if points:
         x, y, low, high = zip(*points)
+        if shift: x = [v * shift for v in x]
         ax.plot(x, y, marker="osD^vPX*<>"[i % 10], markersize=4.5, linewidth=1.6, **look)
-        if None not in low + high and len(x) > 1: ax.fill_between(x, low, high, color=look["color"], alpha=.15, linewidth=0)
+        if None not in low + high and len(x) > 1 and not shift: ax.fill_between(x, low, high, color=look["color"], alpha=.15, linewidth=0)
         elif None not in low + high: ax.vlines(x, low, high, color=look["color"], linewidth=1.2)
     elif cells: ax.axhline(cells[0]["value"], linewidth=1.4, **look)
 
@@ -340,7 +364,10 @@ def ledger(
         lines.append([c["paper"], c["claim"], c["test"], shown, c["verdict"], c["reason"]])
     return "\n".join("| " + " | ".join(str(v).replace("|", "\\|") for v in line) + " |" for line in lines) + "\n"
 
-# %% ../nbs/21_report.ipynb #903ff0aa
+# %% ../nbs/21_report.ipynb #f8324926
+BEAMS = "two-stage R@10"  # the metric that is drawn against the beam
+
+# %% ../nbs/21_report.ipynb #c1fd134a
 def redraw(
     figures="figures",                           # the folder that holds results/, tables/ and the figures
     expected=("events", "flickr8k"),             # results without which the report is incomplete
@@ -352,7 +379,7 @@ def redraw(
         if name == "ledger": lines.append(f"drawn: {draw_ledger(figures)}"); continue
         r = load_results(results, name, times)
         lines.append(f"drawn: {write_table(Path(figures)/'tables', name + '.times' * times, r['values'], r['caption'])}")
-        if any("x" in c and not times for c in r["values"]): lines.append(f"drawn: {draw_beams(figures, name, next(c['column'] for c in r['values'] if 'x' in c))[1]}")
+        if not times and len({c["x"] for c in r["values"] if c["column"] == BEAMS and "x" in c}) > 1: lines.append(f"drawn: {draw_beams(figures, name, BEAMS)[1]}")
     if ("latency", True) in names: lines.append(f"drawn: {draw_latency(figures)[1]}")
     return lines + [f"missing: {_file(results, name, times)}; `grnb {how}` writes it" for name, times, how in
                     [*((e, False, f"reproduce --task {e}") for e in expected), ("latency", True, "bench")] if (name, times) not in names]
@@ -367,11 +394,11 @@ def draw_latency(
     fig = curves(cells, "pool (items)", "latency (ms a query)", logy=True)
     return fig, save_figure(fig, figures, "latency", f"{r['caption']} {note(cells)}".strip())
 
-# %% ../nbs/21_report.ipynb #3baae560
+# %% ../nbs/21_report.ipynb #3de47264
 def draw_beams(
     figures="figures",          # the folder that holds results/ and the figures
     name: str="flickr8k",       # the result
-    column: str="R@10",         # the metric, as its cells name it
+    column: str=BEAMS,          # the metric, as its cells name it
     levels=("exact dense",),    # rows without a beam to draw as level lines; a row counts if it begins so
 ):                              # (matplotlib figure, the PNG's path)
     "Draw one metric against the beam from results/<name>.json; ValueError where no cell is a point of a curve"
@@ -379,7 +406,7 @@ def draw_beams(
     cells = [c for c in r["values"] if c["column"] == column and ("x" in c or c["row"].startswith(tuple(levels)))]
     if not any("x" in c for c in cells): raise ValueError(f"column: no cell of {name} in column {column!r} has an x to draw it at")
     units = {c.get("unit") for c in cells} - {""}
-    fig = curves(cells, "beam (IDs)", f"{column} ({', '.join(units)})" if units else column, sharey=False)
+    fig = curves(cells, "beam (IDs)", f"{column} ({', '.join(units)})" if units else column, sharey=False, spread=.05)
     return fig, save_figure(fig, figures, f"{name}_beams", f"{r['caption']} {note(cells)}".strip())
 
 # %% ../nbs/21_report.ipynb #45bf20a6

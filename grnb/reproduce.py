@@ -222,11 +222,11 @@ def _kept_share(a, b, share=.98):
     values = [recall(x[0]["two"], 10) - share * recall(y[0]["two"], 10) for x, y in zip(a, b)]
     return _pooled(values, [x[0]["groups"] for x in a]).times(100)
 
-# %% ../nbs/23_reproduce.ipynb #9e7a44e7
+# %% ../nbs/23_reproduce.ipynb #77139a74
 def reproduce(
     task: str="events",          # a name of EXPERIMENTS
     folder="figures/results",    # where results go
-    work=".grnb/reproduce",      # where unfinished pieces wait
+    work="runs/reproduce",      # where unfinished pieces wait
     full: bool=False,            # events only: 10,000 videos instead of 2,000
     experiment: Experiment|None=None,  # other settings under the same name
     say: Callable=print,         # told of every piece

@@ -123,6 +123,18 @@ def test_a_task_in_place_of_files(here, capsys):
     assert GenerativeRetriever.load('m')._index.ids.tolist() == task.pool('test').tolist()                          # and so do items
 
 
+def test_only_a_pool_from_the_task_is_judged(here, capsys):
+    "Ids of another pool may be numbers too, and mean other items"
+    task = load_task('events', 60, source='latent', views=1)
+    np.save('all.npy', task.items); np.save('ids.npy', np.arange(60)[::-1].copy())
+    assert run(f'fit {TASK} --set K=8 --set L=3 --out m', capsys)[0] == 0
+    for index in ('--items all.npy', '--task events --size 60 --option source=latent --option views=1 --ids ids.npy', '--task events --size 60 --task-seed 1 --option source=latent --option views=1'):
+        assert run(f'index --model m {TASK}', capsys)[0] == 0 and run(f'search --model m {TASK}', capsys)[0] == 0
+        assert run(f'index --model m {index}', capsys)[0] == 0                                                       # the mark goes with the pool
+        code, out, err = run(f'search --model m {TASK} --out hits', capsys)
+        assert (code, out) == (2, '') and 'not indexed from this task' in err and not Path('hits').exists()
+
+
 def test_fitting_on_texts(here, capsys, monkeypatch):
     "From a task, and from lines of a file; such a model takes texts only"
     monkeypatch.setattr(TextEncoder, 'fit', partialmethod(TextEncoder.fit, steps=3))
@@ -157,7 +169,7 @@ WRONG = [
     ('search --model model --queries zero.npy', 'row [3] is zero'), ('search --model model --queries texts.txt', 'got texts'), ('search --model model --queries object.npy', 'object.npy: not an array'),
     ('search --model model --queries short.npy', 'short.npy: not an array'), ('search --model model --queries empty.npy', 'empty.npy'), ('search --model model --queries picture.png', 'expected a .npy'),
     ('search --model model --queries queries.npy --device tpu', 'device'), ('search --model items.npy --queries queries.npy', 'items.npy'), ('search --model model --queries queries.npy --colour red', '--colour'),
-    ('search --model model --queries queries.npy --out model', 'model'), ('search --model model --task events --size 60 --option source=latent', 'expected width 6, got 128'),
+    ('search --model model --queries queries.npy --out model', 'model'), ('search --model model --task events --size 60 --option source=latent', 'not indexed from this task'),
     ('fit --items items.npy', '--out'), ('fit --out m', '--task or --items'), ('fit --items items.npy --task events --out m', '--task or --items'), ('fit --items items.npy --recipe genus --out m', 'genius'),
     ('fit --items items.npy --set Q=4 --out m', '--set'), ('fit --items items.npy --set L --out m', '--set'), ('fit --items items.npy --set L=0 --out m', 'L: expected at least 1'),
     ('fit --items items.npy --set K=1.5 --out m', 'K'), ('fit --items items.npy --queries queries.npy --out m', 'positives'), ('fit --items items.npy --queries queries.npy --positives items.npy --out m', 'positives'),
@@ -167,7 +179,7 @@ WRONG = [
     ('index --model fitted --items items.npy --ids few.txt --out m', 'ids: expected 50, got 2'), ('index --model fitted --items items.npy --ids twice.npy --out m', 'ids: expected each id once'),
     ('index --model fitted --items texts.txt --out m', '--items'), ('index --model fitted --items wide.npy --out m', 'expected width 6, got 7'), ('index --model fitted --items items.npy --out notes', 'holds other files'),
     ('data --task flickr8k --path nowhere', 'nowhere'), ('data --task flickr9k', 'flickr8k'), ('data --out notes', 'holds other files'), ('bench speed', 'latency'), ('bench --sizes x', '--sizes'),
-    ('reproduce --task nothing', 'nothing'), ('fit --items gap.txt --out m', 'gap.txt, line 2'), ('fit --items latin.txt --out m', 'latin.txt'), ('search --mod model --queries queries.npy', '--model'),
+    ('reproduce --task nothing', 'nothing'), ('reproduce --task flickr8k --full', '--full: only events'), ('fit --items gap.txt --out m', 'gap.txt, line 2'), ('fit --items latin.txt --out m', 'latin.txt'), ('search --mod model --queries queries.npy', '--model'),
 ]
 
 @pytest.mark.parametrize('words, says', WRONG, ids=[w for w, _ in WRONG])
@@ -217,6 +229,27 @@ def test_the_checkpoint_of_another_run_is_kept_until_told(here, capsys):
     assert run(fit + ' --restart', capsys)[0] == 0 and not Path('m.checkpoint').exists()
 
 
+@pytest.mark.parametrize('flags', ['', ' --restart'])
+def test_a_checkpoint_of_temporaries_only_is_empty(here, capsys, flags):
+    "What a kill before the very first rename leaves"
+    Path('m.checkpoint').mkdir(); Path('m.checkpoint/.fit.json.k2x9').write_text('{')
+    assert run('fit --items items.npy --set K=8 --set L=2 --out m' + flags, capsys)[0] == 0 and not Path('m.checkpoint').exists()
+
+
+def test_files_of_others_in_a_checkpoint_stay(here, capsys, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(GenerativeRetriever, 'save', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left on device', 'm')))
+        assert run('fit --items items.npy --set K=8 --set L=2 --checkpoint c --out m', capsys)[0] == 2
+    Path('c/notes').mkdir(); Path('c/notes/a.txt').write_text('mine'); Path('c/.hidden').write_text('mine')
+    assert run('fit --items items.npy --set K=8 --set L=3 --checkpoint c --restart --out m', capsys)[0] == 0
+    assert sorted(p.name for p in Path('c').rglob('*')) == ['.hidden', 'a.txt', 'notes']
+
+
+def test_another_hidden_file_is_not_a_temporary(here, capsys):
+    Path('c').mkdir(); Path('c/.fit.json.x').write_text(''); Path('c/.profile').write_text('mine')
+    assert run('fit --items items.npy --set K=8 --checkpoint c --out m', capsys)[0] == 2 and len(list(Path('c').iterdir())) == 2
+
+
 def test_a_failed_save_keeps_the_checkpoint(here, capsys, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(GenerativeRetriever, 'save', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left on device', 'm')))
@@ -254,8 +287,8 @@ def test_bench_report_and_reproduce_call_theirs(here, capsys, monkeypatch):
     assert run('bench', capsys)[0] == 0 and calls[-1][1] == dict(data='events', seed=0, folder=Path('figures/results'), quick=False)
     assert run('bench latency --sizes 1000 2000 --quick', capsys)[0] == 0 and calls[-1][1] == dict(sizes=(1000, 2000), data='events', seed=0, folder=None, quick=True)
     assert run('report --figures f', capsys)[:2] == (0, 'drawn: a table\n') and calls[-1][2] == ('f',)
-    assert run('reproduce --task flickr8k --full', capsys)[0] == 0
-    assert [c[0] for c in calls[-2:]] == ['reproduce', 'redraw'] and calls[-2][1] == dict(task='flickr8k', full=True, folder=Path('figures/results'))
+    assert run('reproduce --task events --full', capsys)[0] == 0
+    assert [c[0] for c in calls[-2:]] == ['reproduce', 'redraw'] and calls[-2][1] == dict(task='events', full=True, folder=Path('figures/results'))
 
 
 def test_report_says_what_is_missing(here, capsys):

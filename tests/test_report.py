@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from grnb.metrics import Estimate
-from grnb.report import (cell, claim, curves, draw_latency, latex, ledger, load_results, markdown, note, pivot, provenance, redraw, save_figure,
+from grnb.report import (cell, claim, curves, draw_beams, draw_latency, latex, ledger, load_results, markdown, note, pivot, provenance, redraw, save_figure,
                          save_results, text, write_table)
 
 E = Estimate(.6121, .6, .62, 5000, 3)
@@ -72,6 +72,12 @@ def test_damaged_results_name_the_file(tmp_path, body, says):
     assert 'x.json' in str(e.value)
 
 
+def test_the_commit_is_the_packages_own(tmp_path, monkeypatch):
+    want = provenance()
+    monkeypatch.chdir(tmp_path)                                                              # no repository, or another
+    assert provenance()['commit'] == want['commit'] and provenance()['dirty'] == want['dirty']
+
+
 def test_provenance_says_where_and_how():
     p = provenance(seeds=range(3), config={'K': 256})
     assert {'commit', 'dirty', 'packages', 'device', 'processor', 'threads', 'seeds', 'config_hash'} <= set(p)
@@ -103,6 +109,21 @@ def test_paper_and_measured_never_share_a_column():
     head = markdown([ours, theirs]).split('\n')[0]
     assert 'flickr30k, paper: R@1' in head and 'flickr8k, this run: R@1' in head
     assert 'Source: paper, this run.' in note([ours, theirs]) and 'Stored result' in note([ours, theirs]) and 'Stored' not in note([theirs])
+
+
+def wide():
+    "Two panels of nine columns, and a row that only one of them has"
+    return [cell(row, f'R@{k}', k, 'made up', panel=panel, low=0, high=9, n=7) for panel in ('pool 1', 'pool 2') for row in ('dense', 'light')[:3 - int(panel[-1])] for k in range(9)]
+
+
+def test_a_wide_table_is_one_table_a_panel():
+    body = markdown(wide(), 'T')
+    assert body.startswith('T\n\n**pool 1**\n\n| ') and body.count('**pool') == 2 and body.count('light') == 1 and body.count('Dataset:') == 1
+    assert {l.count('|') for l in body.split('\n') if l.startswith('|')} == {11} and 'pool 2: R' not in body
+    tex = latex(wide(), 'T', 'tab:x')
+    assert tex.count(r'\begin{tabular}') == tex.count(r'\end{table}') == 2 and r'\caption{pool 2. T ' in tex and r'\label{tab:x-2}' in tex
+    assert '**' not in markdown(wide()[:9], 'T') and r'\label{tab:x}' in latex(wide()[:9], 'T', 'tab:x')                 # one panel is one table
+    assert 'flickr8k, pool 1' in markdown([*wide(), cell('a', 'R@1', 1, 'flickr8k', panel='pool 1')])
 
 
 def test_latex_escapes_and_balances():
@@ -141,6 +162,24 @@ def test_curves_have_units_panels_and_level_lines():
     assert [l.get_linestyle() for l in a.lines] == ['--', '-', '-'] and len(b.lines) == 2 and fig.legends
     fig.canvas.draw()
     assert [t.get_text() for t in a.get_xticklabels()] == ['1 k', '1 M']
+
+
+def beams(places=(50, 200, 1000)):
+    return [cell(f'light, beam {x}', column, Estimate(v := 20 + x / 1000, v - 1, v + 1, 10, 3), 'made up', panel='pool 1', unit='%', series='light', x=x)
+            for column in ('two-stage R@1', 'two-stage R@10') for x in places] + [cell('exact dense', 'two-stage R@10', 22, 'made up', panel='pool 1', unit='%')]
+
+
+def test_beams_are_drawn_at_their_metric(tmp_path):
+    save_results(tmp_path/'results', 'events', beams(), provenance())
+    ax = draw_beams(tmp_path, 'events')[0].axes[0]
+    assert ax.get_ylabel() == 'two-stage R@10 (%)' and [len(l.get_xdata()) for l in ax.lines] == [3, 2]
+    assert any(l.endswith('events_beams.png') for l in redraw(tmp_path))
+    with pytest.raises(ValueError, match="no cell of events in column 'R@7'"): draw_beams(tmp_path, 'events', 'R@7')
+
+
+def test_one_beam_is_no_curve(tmp_path):
+    save_results(tmp_path/'results', 'events', beams((50,)), provenance())
+    assert not any('beams' in l for l in redraw(tmp_path))
 
 
 # --- ledger and redraw

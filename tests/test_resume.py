@@ -27,25 +27,34 @@ def words(out, **settings):
 
 SMALL = dict(K=8, L=3, d_model=16, n_layers=1, n_prefix=2, batch=32, steps={steps}, towers='true', dim=16, tower_epochs=1)
 
-def die_after(renames):
-    "Kill this process right after, or right before, its n-th rename: whatever lies on disk then is all that is left"
-    count, before = [0], renames % 2
+def die_after(n, *calls):
+    "Kill this process right after (n even) or right before (n odd) its n-th call of these: whatever lies on disk then is all that is left"
+    count, before = [0], n % 2
     def wrap(f):
         def call(*a, **k):
             count[0] += 1
-            if before and count[0] == renames: os.kill(os.getpid(), signal.SIGKILL)
+            if before and count[0] == n: os.kill(os.getpid(), signal.SIGKILL)
             f(*a, **k)
-            if not before and count[0] == renames: os.kill(os.getpid(), signal.SIGKILL)
+            if not before and count[0] == n: os.kill(os.getpid(), signal.SIGKILL)
         return call
-    grnb.core.os.replace, grnb.core.os.rename = wrap(os.replace), wrap(os.rename)
+    for name in calls: setattr(os, name, wrap(getattr(os, name)))
 
-def fit(out, renames=None, seconds=None):
+def die_in_removal(n):
+    "The same, counted over the files and folders that the removal of the checkpoint takes away"
+    drop = grnb.cli._drop
+    def dying(path):
+        die_after(n, "unlink", "rmdir")
+        drop(path)
+    grnb.cli._drop = dying
+
+def fit(out, renames=None, removals=None, seconds=None):
     "One `grnb fit` in a child; its exit code, negative where it was killed"
     pid = os.fork()
     if pid == 0:
         code = 99
         try:
-            if renames: die_after(renames)
+            if renames: die_after(renames, "replace", "rename")
+            if removals: die_in_removal(removals)
             code = main(words(out, **SMALL))
         finally: os._exit(code)
     if seconds is not None:
@@ -55,15 +64,19 @@ def fit(out, renames=None, seconds=None):
 
 assert main(words("warm", **{{**SMALL, "steps": 0, "towers": "false"}})) == 0      # compiles; trains nothing, so that forking is safe
 start = time.time()
-codes = dict(whole=[fit("whole")], renames=[], times=[], text_whole=[fit("text_whole")], text_renames=[])
+codes = dict(whole=[fit("whole")], renames=[], removals=[], times=[])
 took = time.time() - start
+codes |= dict(text_whole=[fit("text_whole")], text_renames=[])
 for out in ("renames", "text_renames"):
-    n = 2
+    n = 1                                                                          # before the very first: only a temporary file is there
     while not codes[out] or codes[out][-1] != 0 and n < 60:                        # each attempt may go a little further than the one before
         codes[out].append(fit(out, renames=n))
         n += 1
+for n in (*range(1, 40, 3), None):                                                 # ever deeper into the removal, and then to its end
+    codes["removals"].append(fit("removals", removals=n))
+    if codes["removals"][-1] == 0: break
 g = random.Random({seed})
-for _ in range(4): codes["times"].append(fit("times", seconds=took * g.uniform(.05, .6)))
+for _ in range(4): codes["times"].append(fit("times", seconds=took * g.uniform(.05, .5)))
 codes["times"].append(fit("times"))
 for out in codes: assert main(["index", "--model", out, "--items", "items.npy", "--device", "cpu"]) == 0
 print(json.dumps(codes))
@@ -83,8 +96,9 @@ def test_killed_and_run_again_ends_with_the_same_bytes(tmp_path):
     assert r.returncode == 0, r.stderr
     codes = json.loads(r.stdout.splitlines()[-1])
     killed = {k: sum(c == -9 for c in v) for k, v in codes.items()}
-    assert all(v[-1] == 0 for v in codes.values()) and killed['renames'] >= 5 and killed['text_renames'] >= 3 and killed['times'] >= 2, codes
-    for name, of in dict(renames='whole', times='whole', text_renames='text_whole').items():
+    assert all(v[-1] == 0 for v in codes.values()) and killed['renames'] >= 5 and killed['text_renames'] >= 3 and killed['removals'] >= 3 and killed['times'] >= 1, codes
+    assert codes['renames'][0] == -9
+    for name, of in dict(renames='whole', removals='whole', times='whole', text_renames='text_whole').items():
         want, got = files(tmp_path/of), files(tmp_path/name)
         assert set(want) == {'recipe.json', 'retriever.json', *(f'{part}.safetensors' for part in ('encoder', 'generator', 'pool', 'quantizer'))}
         assert got.keys() == want.keys() and [f for f in want if got[f] != want[f]] == []                    # weights, codebooks, IDs of the pool
