@@ -95,7 +95,7 @@ def _kids(tmp, key, kids, m, floor, beam, d0, a, table, code, bias):
             if m == len(key): m, floor = _compact(key, kids, m, beam)
     return m, floor
 
-# %% ../../nbs/17_decode_light.ipynb #d425ca04
+# %% ../../nbs/17_decode_light.ipynb #2da88d04
 @numba.njit(nogil=True, cache=True)
 def light_search(
     table,             # (S,) float32, inner products of the query with all codewords
@@ -107,7 +107,7 @@ def light_search(
     "Residual-quantised beam search of one query"
     room = 4 * beam + 512
     key, leaves, n, floor = np.empty(room, np.float32), np.empty((1, room), np.int64), 0, np.float32(-np.inf)
-    ckey, kids, tmp = np.empty(room, np.float32), np.empty((1, room), np.int64), np.empty(65536, np.float32)
+    ckey, kids, tmp = np.empty(room, np.float32), np.empty((1, room), np.int64), np.empty(np.diff(offsets).max(), np.float32)
     nodes, dots, depth = np.zeros(1, np.int64), np.zeros(1, np.float32), 0
     highest = np.array([table[offsets[l]:offsets[l + 1]].max() for l in range(len(offsets) - 1)] + [np.float32(0)])
     while len(nodes):
