@@ -414,32 +414,28 @@ def _crossings(bench, sizes):
             lines.append(f"  {k}: " + ("not within these pools" if at is None else f"{at:,.0f}" if at > have[0] else f"all measured, {have[0]:,} and more"))
     return lines
 
-# %% ../nbs/22_bench.ipynb #fcaa8890
+# %% ../nbs/22_bench.ipynb #02801ddd
 PANELS = dict(single="one query", batch="100 at once")
 
-def _shown(name):
-    "Every second step of the grid of faiss settings: enough for a table"
-    return not any(f"nprobe {p}" in name.split(" + ")[0].split(", ")[-1:] for p in (8, 32, 128)) and not name.endswith((" 100", " 400"))
-
-# %% ../nbs/22_bench.ipynb #962017f7
+# %% ../nbs/22_bench.ipynb #6e2648cc
 def _time_cells(bench, data, names, p95):
     "Milliseconds a query: medians, and 95th percentiles of single queries"
     out = []
     for how, panel in PANELS.items():
         for n, pool in sorted(bench.pools.items()):
-            for name in (k for k in pool["methods"] if (_shown(k) if names is None else k in names)):
+            for name in (k for k in pool["methods"] if names is None or k in names):
                 t = 1e3 * np.array(pool["methods"][name][how])
                 out.append(cell(name, n, np.median(t), data, panel=panel, unit="ms", n=len(t) if how == "single" else None))
                 if p95 and how == "single": out.append(cell(name, n, np.quantile(t, .95), data, panel="one query, 95th percentile", unit="ms", n=len(t)))
     return out
 
-# %% ../nbs/22_bench.ipynb #5202aa06
+# %% ../nbs/22_bench.ipynb #a8ea4210
 def _fact_cells(bench, data, queries):
     "Recall against exact search, and bytes an item by part"
     out = []
     for n, pool in sorted(bench.pools.items()):
         for name, m in pool["methods"].items():
-            if m["recall"] is None or not _shown(name): continue
+            if m["recall"] is None: continue
             out.append(cell(name, n, 100 * m["recall"], data, panel="recall@10 against exact search", unit="%", n=queries))
             out.append(cell(name, n, round(total(m), 2), data, panel="bytes an item, rerank vectors included"))
             if n == max(bench.pools): out += [cell(name, p, round(m["bytes"][p], 2), data, panel=f"bytes an item by part, {n:,} items") for p in PARTS]

@@ -166,7 +166,7 @@ def _drop(path):
         else: p.unlink(missing_ok=True)
     if not any(path.iterdir()) and not path.is_symlink(): path.rmdir()
 
-# %% ../nbs/24_cli.ipynb #f50f2158
+# %% ../nbs/24_cli.ipynb #a71ad25d
 @_command(
     *_TASK, _split("train", "dev"),
     _arg("--text", action="store_true", help="fit on the task's texts instead of its query vectors"),
@@ -186,6 +186,7 @@ def _fit(args):
     "Learn codes, and all else a recipe needs; resumes after a kill"
     from grnb.retriever import GenerativeRetriever
     out = _free(args.out)
+    if (out/"pool.safetensors").exists(): print(f"grnb: the pool indexed in {args.out} goes with the model that this fit replaces", file=sys.stderr)
     checkpoint = _checkpoint(args, out)
     gr = GenerativeRetriever(_recipe(args), args.seed, args.device)
     items, queries, positives, dev = _training_data(args)
@@ -251,7 +252,7 @@ def _judge(hits, qrels, k):
     r = ranks(hits.ids, qrels)
     print(f"{len(r):,} queries: " + ", ".join(f"R@{n} {recall(r, n).mean():.3f}" for n in sorted({1, 5, 10, k}) if n <= k) + f", MRR@{k} {mrr(r, k).mean():.3f}")
 
-# %% ../nbs/24_cli.ipynb #13469d99
+# %% ../nbs/24_cli.ipynb #f3f73095
 @_command(
     _arg("--model", required=True, help="folder of an indexed model"), *_TASK, _split("test"),
     _arg("--queries", help="vectors (Q, D): .npy, .safetensors; or texts in a .txt, one a line"),
@@ -267,6 +268,7 @@ def _search(args):
     from grnb.retriever import GenerativeRetriever
     _one_source(args, "queries")
     gr = GenerativeRetriever.load(args.model, args.device)
+    if gr._index is None: raise ValueError(f"--model: {args.model} has no pool: run grnb index --model {args.model} first")
     if args.task is None: task, queries = None, _read(args.queries)
     else:
         task = _task(args)

@@ -194,7 +194,7 @@ def _among(ids, pool):
     if not len(pool) or not len(ids): return np.zeros(len(ids), bool)
     return pool[np.minimum(np.searchsorted(pool, ids), len(pool) - 1)] == ids
 
-# %% ../nbs/20_retriever.ipynb #1e1ab083
+# %% ../nbs/20_retriever.ipynb #f918923b
 def search(self,
     queries,              # float (Q, Dq), or list of str where fitted on texts
     k: int=10,            # items wanted
@@ -202,7 +202,7 @@ def search(self,
     candidates: int=50,   # items reranked
     rerank: bool=True,    # order by exact cosine; else by the beam's score
 ) -> Hits:
-    "The best k items of every query, descending, ties by lower id"
+    "The best k items of every query, descending, ties by lower id; fewer where the beam's IDs hold fewer: then ids end in −1 or "", scores in −inf"
     fitted, pool = _need(self, pool=True)
     k, beam, candidates = as_count(k, "k"), as_count(beam, "beam"), as_count(candidates, "candidates")
     if k > 10_000_000: raise ValueError(f"k: expected at most 10,000,000, got {k}")

@@ -163,7 +163,7 @@ def test_data_sums_up_and_writes_what_the_others_read(here, capsys):
 
 WRONG = [
     ('', 'COMMAND'), ('serch', 'invalid choice'), ('search', '--model'), ('search --model model', '--task or --queries'), ('search --model model --queries queries.npy --task events', '--task or --queries'),
-    ('search --model nowhere --queries queries.npy', 'nowhere'), ('search --model fitted --queries queries.npy', 'call index first'), ('search --model model --queries nowhere.npy', 'nowhere.npy'),
+    ('search --model nowhere --queries queries.npy', 'nowhere'), ('search --model fitted --queries queries.npy', 'run grnb index'), ('search --model model --queries nowhere.npy', 'nowhere.npy'),
     ('search --model model --queries queries.npy --k 0', 'k: expected at least 1'), ('search --model model --queries queries.npy --k x', '--k'), ('search --model model --queries queries.npy --beam -3', 'beam'),
     ('search --model model --queries queries.npy --candidates 0', 'candidates'), ('search --model model --queries wide.npy', 'expected width 6, got 7'), ('search --model model --queries nan.npy', 'NaN'),
     ('search --model model --queries zero.npy', 'row [3] is zero'), ('search --model model --queries texts.txt', 'got texts'), ('search --model model --queries object.npy', 'object.npy: not an array'),
