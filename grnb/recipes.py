@@ -52,7 +52,7 @@ class Recipe:
 
     def __post_init__(self): _check_recipe(self)
 
-# %% ../nbs/19_recipes.ipynb #b0f30df8
+# %% ../nbs/19_recipes.ipynb #539a5ebb
 def _check_recipe(r):
     "Every setting in range, and as plain Python so that json holds it"
     put = lambda name, value: object.__setattr__(r, name, value)
@@ -68,8 +68,8 @@ def _check_recipe(r):
         if not number or not (x > 0 if positive else x >= 0) or not x < np.inf: raise ValueError(f"{name}: expected a number {'above 0' if positive else 'of at least 0'}, got {x!r}")
         put(name, float(x))
     if r.text_encoder is not None and not isinstance(r.text_encoder, str): raise ValueError(f"text_encoder: expected a name or a folder, got {r.text_encoder!r}")
-    put("K", ResidualKMeans(r.K, r.L).K if isinstance(r.K, (list, tuple)) else as_count(r.K, "K"))
-    ResidualKMeans(r.K, r.L)                                                   # K fits L
+    fits = ResidualKMeans(r.K, r.L)                                            # raises where K does not fit L
+    put("K", fits.K if isinstance(r.K, (list, tuple)) else int(r.K))
     if r.d_model % 4: raise ValueError(f"d_model: expected a multiple of 4, the number of attention heads, got {r.d_model}")
     if r.ids == "unique" and r.generator != "light": raise ValueError("ids: 'unique' is built for generator='light' only")
     if not r.own < 1: raise ValueError(f"own: expected a share from 0 and below 1, got {r.own!r}")

@@ -248,7 +248,13 @@ def fit_towers(pair, items, queries, positives, dev, batch_size, settings):
     about = fingerprint(items, queries, positives, batch_size)
     return train(pair, feed(x, y, positives, batch_size, settings["seed"]), pair_loss, evaluate=score, about=about, desc="towers", **settings)
 
-# %% ../../nbs/10_features_towers.ipynb #0c3ba977
+# %% ../../nbs/10_features_towers.ipynb #0bfc2657
+def run_settings(n, steps, epochs, batch_size, *, device, **options):
+    "Settings of one training for `train`; without `steps`, `epochs` over n queries and at least 200"
+    as_count(batch_size, "batch_size")
+    return dict(options, steps=max(200, round(epochs * n / batch_size)) if steps is None else steps, device=pick_device(device))
+
+# %% ../../nbs/10_features_towers.ipynb #245787eb
 class Towers(Sides):
     "Two towers into one space, fitted on pairs; ValueError where unfitted or where shapes do not fit"
     def __init__(self,
@@ -272,10 +278,8 @@ class Towers(Sides):
         "Train on pairs and keep what did best on dev"
         items, queries, positives = as_pairs(items, queries, positives)
         dev = dev and as_pairs(*dev, name="dev ")
-        as_count(batch_size, "batch_size")
-        if steps is None: steps = max(200, round(epochs * len(queries) / batch_size))
+        settings = run_settings(len(queries), steps, epochs, batch_size, lr=lr, seed=seed, device=device, precision=precision, checkpoint=checkpoint)
         pair = fresh_towers(items, queries, self.dim, self.hidden, self.noise, seed)
-        settings = dict(steps=steps, lr=lr, seed=seed, device=pick_device(device), precision=precision, checkpoint=checkpoint)
         self.result, self.pair = fit_towers(pair, items, queries, positives, dev, batch_size, settings), pair
         return self
 
