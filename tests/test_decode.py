@@ -3,7 +3,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from grnb.decode.beam import FreeCodes, beam_search, exhaustive, expand
 from grnb.generator import FrozenPrefix, PrefixGenerator, StrongForm, T5Generator, take
-from grnb.ids import SemanticIDs
+from grnb.ids.make import SemanticIDs
 from grnb.trie import Trie
 
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from grnb.ids import collisions, id_order, make_ids
+from grnb.ids.make import collisions, id_order, make_ids
 
 fast = settings(max_examples=80, deadline=None)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from grnb.decode.beam import beam_search, expand
 from grnb.decode.light import LightDecoder
 from grnb.generator import StrongForm
-from grnb.ids import make_ids
+from grnb.ids.make import make_ids
 from grnb.trie import Trie
 
 fast = settings(max_examples=50, deadline=None)

@@ -4,7 +4,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from grnb.core import load_arrays, save_arrays
-from grnb.tokenizer import RQVAE, ResidualKMeans, kmeans, load_quantizer, residual_encode, stack
+from grnb.tokenizer.encode import residual_encode, stack
+from grnb.tokenizer.kmeans import ResidualKMeans, kmeans
+from grnb.tokenizer.load import load_quantizer
+from grnb.tokenizer.rqvae import RQVAE
 
 fast = settings(max_examples=40, deadline=None)
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from grnb.core import load_arrays, save_arrays
-from grnb.ids import make_ids
+from grnb.ids.make import make_ids
 from grnb.trie import Beams, Trie, _advance_tensor, best, kth_largest
 
 fast = settings(max_examples=60, deadline=None)
