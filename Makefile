@@ -1,6 +1,6 @@
 # make reproduce        recompute the main table on the embedded world (2,000 videos), then redraw every table and figure
 # make test             notebooks, stored outputs, pytest
-# make reproduce-full   the embedded world with 10,000 videos, and flickr8k where GRNB_DATA holds it; resumable
+# make reproduce-full   the embedded world with 10,000 videos, and flickr8k where GRNB_DATA holds it, with the studies of tokenizers; resumable
 # make clean            remove the environment and what tools leave behind; results and figures stay
 #
 # PYTHON    the Python 3.11 that makes the environment         make PYTHON=python3 test
@@ -30,7 +30,8 @@ reproduce: .venv/.done
 
 reproduce-full: .venv/.done
 	grnb reproduce --full
-	$(if $(GRNB_DATA),grnb reproduce --task flickr8k,@echo "GRNB_DATA is not set: the stored flickr8k results stay as they are")
+	grnb reproduce --study tokenizers
+	$(if $(GRNB_DATA),grnb reproduce --task flickr8k && grnb reproduce --task flickr8k --study tokenizers,@echo "GRNB_DATA is not set: the stored flickr8k results stay as they are")
 	@$(MAKE) --no-print-directory figures
 
 figures: .venv/.done

@@ -303,25 +303,32 @@ def _data(args):
     if args.out: _write_task(task, args.out)
     print(task)
 
-# %% ../nbs/24_cli.ipynb #2e68ca95
+# %% ../nbs/24_cli.ipynb #1492e85b
 _FIGURES = _arg("--figures", default="figures", help="folder of results/, tables/ and figures (default figures)")
 
+_BENCHES = dict(latency=("sizes", "data"), tokenizer=("n", "data"), disk=("n",))   # bench → the settings it takes
+
 @_command(
-    _arg("what", nargs="*", default=["latency"], metavar="WHAT", help="latency (default)"),
-    _arg("--sizes", type=int, nargs="+", help="pool sizes (default 1000 10000 100000 1000000)"),
-    _arg("--data", default="events", help="events (default), clustered, many, ood"),
-    _arg("--quick", action="store_true", help="two small pools; prints, but stores nothing"),
+    _arg("what", nargs="*", default=["latency"], metavar="WHAT", help="latency (default), tokenizer, disk; several run one after the other"),
+    _arg("--sizes", type=int, nargs="+", help="latency: pool sizes (default 1000 10000 100000 1000000)"),
+    _arg("--n", type=int, help="tokenizer: items of each kind (default 100000); disk: rows of the file (default 10000000, 20 GB while it runs)"),
+    _arg("--data", nargs="+", help="latency: events (default), clustered, many or ood; tokenizer: some of clustered, many, ood (default all)"),
+    _arg("--quick", action="store_true", help="little data; prints, but stores nothing"),
     _arg("--seed", type=int, default=0, help="(default 0)"), _FIGURES,
 )
 def _bench(args):
-    "Measure latency and bytes an item against pool size, with faiss beside; resumes after a kill"
-    from grnb import bench
-    known = sorted(n[6:] for n in dir(bench) if n.startswith("bench_"))
+    "Measure search against pool size, quantisers beside other libraries, or encoding from disk; resumes after a kill"
+    from importlib import import_module
     for what in args.what:
-        if what not in known: raise ValueError(f"bench: expected one of {', '.join(known)}, got {what!r}")
-    sizes = {} if args.sizes is None else dict(sizes=tuple(args.sizes))
-    folder = None if args.quick else Path(args.figures)/"results"
-    for what in args.what: getattr(bench, f"bench_{what}")(**sizes, data=args.data, seed=args.seed, folder=folder, quick=args.quick)
+        if what not in _BENCHES: raise ValueError(f"bench: expected one of {', '.join(_BENCHES)}, got {what!r}")
+    for flag in ("sizes", "n", "data"):
+        if getattr(args, flag) is not None and not any(flag in _BENCHES[w] for w in args.what): raise ValueError(f"--{flag}: not a setting of {', '.join(args.what)}")
+    if "latency" in args.what and len(args.data or [""]) > 1: raise ValueError(f"--data: latency takes one, got {' '.join(args.data)}")
+    for what in args.what:
+        settings = {flag: getattr(args, flag) for flag in _BENCHES[what] if getattr(args, flag) is not None}
+        if "data" in settings: settings |= dict(data=args.data[0]) if what == "latency" else dict(kinds=tuple(settings.pop("data")))
+        run = getattr(import_module(f"grnb.bench.{what}"), f"bench_{what}")
+        run(**settings, seed=args.seed, folder=None if args.quick else Path(args.figures)/"results", quick=args.quick)
 
 @_command(_FIGURES)
 def _report(args):
@@ -329,16 +336,23 @@ def _report(args):
     from grnb.report import redraw
     print(*redraw(args.figures), sep="\n")
 
-# %% ../nbs/24_cli.ipynb #ea9a7a73
+# %% ../nbs/24_cli.ipynb #ee521bdb
 @_command(
     _arg("--task", default="events", help="events (default), or flickr8k from GRNB_DATA"),
+    _arg("--study", choices=("tables", "tokenizers"), default="tables", help="the results table (default), or the IDs of every quantiser: diagnostics and search"),
     _arg("--full", action="store_true", help="events only: 10,000 videos instead of 2,000, stored as events_full"), _FIGURES,
 )
 def _reproduce(args):
-    "Compute a task's results table and draw it; resumes after a kill"
-    from grnb.reproduce import reproduce
+    "Compute a task's results table, or the study of all quantisers on it, and draw it; resumes after a kill"
+    folder = Path(args.figures)/"results"
     if args.full and args.task != "events": raise ValueError(f"--full: only events has a larger size, got --task {args.task}")
-    reproduce(task=args.task, full=args.full, folder=Path(args.figures)/"results")
+    if args.study == "tokenizers":
+        from grnb.study.tables import study
+        if args.full: raise ValueError("--full: the study has one size a task")
+        study(args.task, folder)
+    else:
+        from grnb.reproduce import reproduce
+        reproduce(task=args.task, full=args.full, folder=folder)
     _report(args)
 
 # %% ../nbs/24_cli.ipynb #6b5e889b

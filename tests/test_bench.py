@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from grnb import GenerativeRetriever
-from grnb import bench
-from grnb.bench import KINDS, PARTS, bench_latency, crossover, paired_ratio, rivals, threads, total, vectors
+from grnb.bench import KINDS, latency as bench, paired_ratio, piece, ratio, stored, threads, vectors
+from grnb.bench.latency import PARTS, bench_latency, crossover, rivals, total
 from grnb.core import import_faiss
 from grnb.recipes import Recipe
 from grnb.report import draw_latency, load_results, redraw
@@ -138,6 +138,26 @@ def test_ratio_of_known_work():
     work = lambda n: lambda q: [a @ a for _ in range(n)]
     r = paired_ratio(work(8), work(2), np.zeros((60, 4)))
     assert r.low <= r.value <= r.high and 2 < r.value < 8
+
+
+def test_ratio_of_pairs():
+    "The median of the pairs; its interval narrows to it where all agree, and contains it"
+    assert ratio(np.full(9, 3.)) == (3., 3., 3.)
+    r = np.random.default_rng(0).lognormal(1, .2, 200)
+    found = ratio(r)
+    assert found.value == np.median(r) and found.low < np.e < found.high and found == ratio(r) != ratio(r, 1)
+
+
+def test_pieces_are_made_once(tmp_path):
+    "A stored piece whatever the code; a measured one only for its mark"
+    made = []
+    def make(): made.append(1); return dict(n=len(made))
+    for mark in 'aab': found = piece(tmp_path/'piece.json', mark, make)
+    assert found == dict(n=2) and len(made) == 2
+    write, read = lambda text, path: path.write_text(text), lambda path: path.read_text()
+    assert [stored(tmp_path/'text', lambda: t, write, read) for t in 'xy'] == ['x', 'x']
+    with pytest.raises(RuntimeError): stored(tmp_path/'other', lambda: 'z', lambda *_: (_ for _ in ()).throw(RuntimeError), read)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['piece.json', 'text']
 
 
 def test_every_query_is_timed_once_and_rows_are_kept():

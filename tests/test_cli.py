@@ -178,7 +178,7 @@ WRONG = [
     ('fit --task events --queries queries.npy --out m', 'brings its own'), ('fit --task events --size 60 --option source=latent --split tests --out m', 'split'), ('fit --items texts.txt --out m', 'items'),
     ('index --model fitted --items items.npy --ids few.txt --out m', 'ids: expected 50, got 2'), ('index --model fitted --items items.npy --ids twice.npy --out m', 'ids: expected each id once'),
     ('index --model fitted --items texts.txt --out m', '--items'), ('index --model fitted --items wide.npy --out m', 'expected width 6, got 7'), ('index --model fitted --items items.npy --out notes', 'holds other files'),
-    ('data --task flickr8k --path nowhere', 'nowhere'), ('data --task flickr9k', 'flickr8k'), ('data --out notes', 'holds other files'), ('bench speed', 'latency'), ('bench --sizes x', '--sizes'),
+    ('data --task flickr8k --path nowhere', 'nowhere'), ('data --task flickr9k', 'flickr8k'), ('data --out notes', 'holds other files'), ('bench speed', 'latency, tokenizer, disk'), ('bench disk --data many', '--data: not a setting of disk'), ('bench --n 5', '--n: not a setting'), ('bench --data many ood', 'latency takes one'), ('bench --sizes x', '--sizes'),
     ('reproduce --task nothing', 'nothing'), ('reproduce --task flickr8k --full', '--full: only events'), ('fit --items gap.txt --out m', 'gap.txt, line 2'), ('fit --items latin.txt --out m', 'latin.txt'), ('search --mod model --queries queries.npy', '--model'),
 ]
 
@@ -276,16 +276,20 @@ def test_version_and_help_load_nothing_heavy(capsys):
 
 
 def test_bench_report_and_reproduce_call_theirs(here, capsys, monkeypatch):
-    import grnb.bench, grnb.report, grnb.reproduce
+    import grnb.bench.disk, grnb.bench.latency, grnb.bench.tokenizer, grnb.report, grnb.reproduce
     calls = []
-    for module, name in ((grnb.bench, 'bench_latency'), (grnb.reproduce, 'reproduce'), (grnb.report, 'redraw')):
+    for module, name in ((grnb.bench.latency, 'bench_latency'), (grnb.bench.tokenizer, 'bench_tokenizer'), (grnb.bench.disk, 'bench_disk'),
+                         (grnb.reproduce, 'reproduce'), (grnb.report, 'redraw')):
         def record(*a, _of=inspect.signature(getattr(module, name)), _name=name, **k):
             _of.bind(*a, **k)
             calls.append((_name, k, a))
             return ['drawn: a table']
         monkeypatch.setattr(module, name, record)
-    assert run('bench', capsys)[0] == 0 and calls[-1][1] == dict(data='events', seed=0, folder=Path('figures/results'), quick=False)
-    assert run('bench latency --sizes 1000 2000 --quick', capsys)[0] == 0 and calls[-1][1] == dict(sizes=(1000, 2000), data='events', seed=0, folder=None, quick=True)
+    assert run('bench', capsys)[0] == 0 and calls[-1][1] == dict(seed=0, folder=Path('figures/results'), quick=False)
+    assert run('bench latency --sizes 1000 2000 --data many --quick', capsys)[0] == 0 and calls[-1][1] == dict(sizes=[1000, 2000], data='many', seed=0, folder=None, quick=True)
+    assert run('bench tokenizer disk --n 5000 --data many ood --seed 3', capsys)[0] == 0
+    assert [c[0] for c in calls[-2:]] == ['bench_tokenizer', 'bench_disk'] and calls[-2][1] == dict(n=5000, kinds=('many', 'ood'), seed=3, folder=Path('figures/results'), quick=False)
+    assert calls[-1][1] == dict(n=5000, seed=3, folder=Path('figures/results'), quick=False)
     assert run('report --figures f', capsys)[:2] == (0, 'drawn: a table\n') and calls[-1][2] == ('f',)
     assert run('reproduce --task events --full', capsys)[0] == 0
     assert [c[0] for c in calls[-2:]] == ['reproduce', 'redraw'] and calls[-2][1] == dict(task='events', full=True, folder=Path('figures/results'))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from grnb.core import fast_bf16
+from grnb.core import fast_bf16, save_arrays
 from grnb.tokenizer import encode as E
 from grnb.tokenizer.classic import HierarchicalKMeans, ProductQuantizer
 from grnb.tokenizer.encode import ResidualEncoder, batches, residual_encode, sample_rows
@@ -86,6 +86,29 @@ def test_the_bound_is_used():
     assert (residual_encode(x, books) == true).all() and (residual_encode(x, books, bf16=True) != true).any()
 
 
+def test_the_bound_covers_the_rounded_product():
+    "Vectors that bfloat16 holds exactly: all that is lost is in the product"
+    g = np.random.default_rng(0)
+    base = g.integers(-1, 2, size=512)
+    C = np.where(g.random((128, 512)) < .15, g.integers(-1, 2, size=(128, 512)), base)
+    x = np.where(g.random((2000, 512)) < .15, g.integers(-1, 2, size=(2000, 512)), base).astype('f4')
+    books = [np.r_[C, -C].astype('f4')]
+    assert (residual_encode(x, books) == plain(x, books)).all()
+
+
+def test_the_bound_covers_many_levels():
+    "Items far longer than codewords, two coordinates, many subtractions: every code is a nearest one"
+    g = np.random.default_rng(0)
+    for D, L in ((2, 64), (4, 200)):
+        books = [g.normal(size=(4, D)).astype('f4') for _ in range(L)]
+        x = (1e3 * g.normal(size=(200, D))).astype('f4')
+        codes, r = residual_encode(x, books).astype(int), x.astype(np.float64)
+        for l, C in enumerate(books):
+            far = ((r[:, None] - C) ** 2).sum(-1)
+            assert (far[np.arange(len(x)), codes[:, l]] <= far.min(1) * (1 + 1e-12)).all()
+            r -= C[codes[:, l]]
+
+
 def test_another_process_gives_the_same_codes(tmp_path):
     program = ("import numpy as np, sys; from grnb.tokenizer.kmeans import ResidualKMeans; g = np.random.default_rng(0);"
                "x = g.normal(size=(600, 16)).astype('f4'); np.save(sys.argv[1], ResidualKMeans(K=20, L=3, seed=5, beam=int(sys.argv[2])).fit(x).encode(x))")
@@ -117,6 +140,14 @@ def test_changes_of_a_private_map_are_seen(tmp_path):
     m = np.load(tmp_path/"x.npy", mmap_mode="c")
     m[2] = 1
     assert np.concatenate([b for _, b in batches(m)])[2].tolist() == [1, 1]
+
+
+def test_a_file_replaced_after_mapping_is_the_one_mapped(tmp_path):
+    old, new = (np.random.default_rng(i).normal(size=(50, 3)).astype('f4') for i in (0, 1))
+    np.save(tmp_path/"x.npy", old); np.save(tmp_path/"y.npy", new)
+    m = np.load(tmp_path/"x.npy", mmap_mode="r")
+    (tmp_path/"y.npy").replace(tmp_path/"x.npy")
+    assert (np.concatenate([b for _, b in batches(m)]) == old).all()
 
 
 def test_a_file_cut_short(tmp_path):
@@ -198,6 +229,29 @@ def test_files(make, tmp_path):
     again = load_quantizer(tmp_path/"q.safetensors")
     assert type(again) is type(q) and (again.encode(x) == q.encode(x)).all() and again.sizes == q.sizes
     with pytest.raises(ValueError, match="not fitted"): make().encode(x)
+
+
+@pytest.mark.parametrize("f, says", [
+    (lambda: residual_encode(np.zeros((1, 1)), [np.arange(70000.)[:, None]]), "at most 65536 codes a level"),
+    (lambda: residual_encode(np.zeros((1, 1)), [np.ones((20000, 1))] * 2), "at most 32768 codes over all levels"),
+    (lambda: residual_encode(np.zeros((1, 1)), []), "at least one array"),
+    (lambda: residual_encode(np.zeros((1, 2)), [np.ones((2, 2)), np.ones((2, 3))]), "all of one width"),
+    (lambda: residual_encode(np.zeros((1, 1)), [np.ones((2, 1))], batch=2.5), "batch: expected a whole number"),
+    (lambda: best_paths(np.zeros((1, 1)), [np.ones((2, 1))], 1, batch=0), "batch: expected at least 1"),
+    (lambda: best_paths(np.full((1, 2), 1e25), [np.ones((2, 2))], 1), "shorter than 1e18"),
+    (lambda: ResidualKMeans(device="tpu"), "device"),
+])
+def test_bad_calls(f, says):
+    with pytest.raises(ValueError, match=says): f()
+
+
+@pytest.mark.parametrize("change", [lambda a: {k: v for k, v in a.items() if k != "codebook.1"}, lambda a: a | {"codebook.0": a["codebook.0"][:, :3]}, lambda a: a | {"codebook.0": np.full_like(a["codebook.0"], np.nan)},
+                                    lambda a: a | {"codebook.0": np.zeros((99, 6), "f4")}, lambda a: a | {"codebook.2": a["codebook.0"]}])
+def test_damaged_files_are_refused(change, tmp_path):
+    for q in (ResidualKMeans(8, 2), ProductQuantizer(8, 2)):
+        arrays, settings = q.fit(np.random.default_rng(0).normal(size=(99, 6)).astype("f4")).arrays()
+        save_arrays(tmp_path/"q", change(arrays), dict(kind=q.kind, **settings))
+        with pytest.raises(ValueError, match="not a quantiser of this version"): load_quantizer(tmp_path/"q")
 
 
 # --- beams

@@ -15,7 +15,7 @@ import pytest
 NAME = 'grnb'
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
-STAGES = ('core data metrics train features tokenizer ids trie generator decode rerank recipes retriever report bench reproduce cli').split()
+STAGES = ('core data metrics train features tokenizer ids trie generator decode rerank recipes retriever report bench reproduce study cli').split()
 
 
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
@@ -25,8 +25,8 @@ def exported(path): return [c for c in cells(path) if c['cell_type'] == 'code' a
 
 
 def default_exp(path):
-    "Module a notebook exports to, or None"
-    return next((m[1] for c in cells(path) if (m := re.match(r'#\|\s*default_exp\s+(\S+)', source(c)))), None)
+    "Module a notebook exports to, or None; a package's own module goes by the package's name"
+    return next((m[1].removesuffix('.__init__') for c in cells(path) if (m := re.match(r'#\|\s*default_exp\s+(\S+)', source(c)))), None)
 
 
 MODULES = {e: p for p in NOTEBOOKS if (e := default_exp(p))}
@@ -37,6 +37,7 @@ each_module = pytest.mark.parametrize('module', MODULES)
 def test_every_module_comes_from_one_notebook():
     "A renamed `default_exp` leaves its old module behind, and no nbdev command says so."
     have = ['.'.join(p.relative_to(ROOT/NAME).with_suffix('').parts) for p in (ROOT/NAME).rglob('*.py') if not p.stem.startswith('_')]
+    have += ['.'.join(p.parent.relative_to(ROOT/NAME).parts) for p in (ROOT/NAME).glob('*/**/__init__.py') if p.read_text()]
     assert sorted(default_exp(p) for p in NOTEBOOKS if default_exp(p)) == sorted(have)
 
 
@@ -110,10 +111,11 @@ def test_public_functions_and_classes_have_a_docstring(module):
 
 def ours(module):
     "Modules of the package that `module` imports, at the top or inside functions"
-    path = ROOT/NAME/Path(*module.split('.')).with_suffix('.py')
+    path, within = ROOT/NAME/Path(*module.split('.')).with_suffix('.py'), module.split('.')
+    if not path.exists(): path, within = path.with_suffix('')/'__init__.py', [*within, '__init__']
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
         if isinstance(node, ast.ImportFrom):
-            base = module.split('.')[:-node.level] if node.level else []
+            base = within[:-node.level] if node.level else []
             full = '.'.join(base + (node.module or '').split('.')).strip('.')
             if not node.level:
                 if full.split('.')[0] != NAME: continue
@@ -136,6 +138,7 @@ def test_imports_point_upwards(module):
 def test_the_import_test_sees_imports():
     "Guards the test above against seeing nothing."
     assert {'core', 'data.task'} <= set(ours('metrics'))
+    assert {'core', 'bench'} <= set(ours('bench.latency')) and 'core' in ours('bench')
 
 
 # --- light imports

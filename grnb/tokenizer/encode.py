@@ -11,7 +11,7 @@ import numba, numpy as np, torch
 from ..core import as_count, as_vectors, fast_bf16, in_threads, pick_device, progress, rng, save_arrays
 
 # %% auto #0
-__all__ = ['Quantizer', 'Base', 'flat', 'rows_of', 'check_codes', 'code_dtype', 'batches', 'sample_rows', 'stack',
+__all__ = ['Quantizer', 'Base', 'flat', 'rows_of', 'check_codes', 'code_dtype', 'stored_books', 'batches', 'sample_rows', 'stack',
            'ResidualEncoder', 'residual_encode']
 
 # %% ../../nbs/12_tokenizer_encode.ipynb #6d1a1683
@@ -46,7 +46,7 @@ class Base:
         arrays, settings = self.fitted().arrays()
         save_arrays(path, arrays, dict(kind=self.kind, **settings))
 
-# %% ../../nbs/12_tokenizer_encode.ipynb #5de1c505
+# %% ../../nbs/12_tokenizer_encode.ipynb #15cf4e3f
 def flat(
     x,                     # (N, D) or (N, V, D)
     name: str="items",     # the argument's name, for the error
@@ -56,8 +56,12 @@ def flat(
     x = as_vectors(x, name, (2, 3), width)
     return x.reshape(-1, x.shape[-1]), x.shape[:-1]
 
-def rows_of(x, name="items", width=None):
-    "As `flat`, but unchecked rows, which may be a memory map: for what reads them block by block"
+def rows_of(
+    x,                     # (N, D) or (N, V, D)
+    name: str="items",     # the argument's name, for the error
+    width: int|None=None,  # expected D
+) -> tuple[np.ndarray, tuple]:  # rows (N·V, D) and the shape to give codes back in
+    "As `flat`, but a memory map stays one, its rows unchecked: for what reads it block by block"
     if not isinstance(x, np.memmap): return flat(x, name, width)
     as_vectors(x[:0], name, (2, 3), width)
     return x.reshape(-1, x.shape[-1]), x.shape[:-1]
@@ -73,14 +77,32 @@ def check_codes(
     if len(c) and ((c < 0) | (c >= np.array(sizes))).any(): raise ValueError(f"codes: expected values below {list(sizes)}, got up to {c.max(0).tolist()}")
     return c.astype(np.int64)
 
-def code_dtype(sizes): return np.uint8 if max(sizes) <= 256 else np.uint16
+def code_dtype(
+    sizes: tuple,  # codes each level may use
+):                 # numpy dtype
+    "Smallest unsigned type that holds every code, uint8 or uint16; ValueError above 65,536 codes"
+    if max(sizes) > 65536: raise ValueError(f"K: expected at most 65536 codes a level, got {max(sizes)}")
+    return np.uint8 if max(sizes) <= 256 else np.uint16
 
-# %% ../../nbs/12_tokenizer_encode.ipynb #2a888431
+# %% ../../nbs/12_tokenizer_encode.ipynb #f8263019
+def stored_books(
+    arrays: dict,  # of a file: codebook.0 …
+    K: tuple,      # codes a level at most
+) -> list:         # L arrays (K_l, D) float32
+    "Codebooks of a file; KeyError where they are not what the settings say"
+    books = [np.array(arrays[f"codebook.{l}"], np.float32) for l in range(len(K))]
+    if len(arrays) != len(K) or any(b.ndim != 2 or not 0 < len(b) <= k or b.shape[1] != books[0].shape[1] or not np.isfinite(b).all() for b, k in zip(books, K)):
+        raise KeyError(f"codebooks {[b.shape for b in books]} for {list(K)} codes a level")
+    return books
+
+# %% ../../nbs/12_tokenizer_encode.ipynb #64103ddf
 def _place(x):
-    "File and byte offset of a C-ordered, unmodified memory map; None for any other array"
+    "File and byte offset of a C-ordered, unmodified memory map (N, D); None for any other array"
     if not isinstance(x, np.memmap) or x.mode not in ("r", "r+") or x.filename is None or not x.flags.c_contiguous or not x.size: return None
     begins = np.frombuffer(x._mmap, np.uint8).ctypes.data
-    return x.filename, x.offset - x.offset % mmap.ALLOCATIONGRANULARITY + x.ctypes.data - begins
+    place = x.filename, x.offset - x.offset % mmap.ALLOCATIONGRANULARITY + x.ctypes.data - begins
+    try: return place if _read(x, place, 0).tobytes() == x[:1].tobytes() else None          # the name may stand for another file by now
+    except (OSError, ValueError): return None
 
 def _read(x, place, rows):
     "Rows (a slice, or sorted row numbers) of a memory map as a new array, read from its file"
@@ -97,26 +119,29 @@ def _read(x, place, rows):
             got += step
     return out
 
-# %% ../../nbs/12_tokenizer_encode.ipynb #2ed56911
+# %% ../../nbs/12_tokenizer_encode.ipynb #32b49d09
 def batches(
     x,                       # (N, D) floats: an array or a memory map
     width: int|None=None,    # expected D
     name: str="items",       # the argument's name, for the error
     batch: int=4096,         # rows a block
     desc: str="",            # label of the progress bar; empty shows none
+    finite: bool=True,       # look for NaN and infinity; False where the caller does
 ):                           # yields (first row, block (at most batch, D) float32)
     "Blocks of checked rows in bounded memory; ValueError for wrong shapes, NaN or infinity"
+    x = x if isinstance(x, np.ndarray) else as_vectors(x, name)
     as_vectors(x[:0], name, (2,), width)
     place, cuts = _place(x), [slice(i, min(i + batch, len(x))) for i in range(0, len(x), as_count(batch, "batch"))]
     steps = progress(cuts, desc) if desc else cuts
+    check = (lambda b: as_vectors(b, name, (2,))) if finite or x.dtype.kind != "f" else (lambda b: np.ascontiguousarray(b, np.float32))
     if place is None:
-        for c in steps: yield c.start, as_vectors(x[c], name, (2,))
+        for c in steps: yield c.start, check(x[c])
         return
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(_read, x, place, cuts[0])
         for c, after in zip(steps, cuts[1:] + [None]):
             block, ahead = ahead.result(), after and pool.submit(_read, x, place, after)
-            yield c.start, as_vectors(block, name, (2,))
+            yield c.start, check(block)
 
 # %% ../../nbs/12_tokenizer_encode.ipynb #4998caa9
 def sample_rows(
@@ -132,16 +157,19 @@ def sample_rows(
     pick, place = np.sort(rng(seed, "sample rows").choice(len(x), most, replace=False)), _place(x)
     return as_vectors(np.concatenate([_read(x, place, i) for i in progress(pick, "sample")]) if place else x[pick], name)
 
-# %% ../../nbs/12_tokenizer_encode.ipynb #4499b242
+# %% ../../nbs/12_tokenizer_encode.ipynb #c63e1242
 def stack(
     codebooks: list[np.ndarray],  # L arrays (K_l, D)
 ) -> tuple[np.ndarray, np.ndarray]:  # (S, D) float32 and offsets (L+1,) int64
-    "All codebooks as one array, and where each level begins"
+    "All codebooks as one array, and where each level begins; ValueError where they do not fit together, or are too many to compare pair by pair"
+    shapes = [np.shape(c) for c in codebooks]
+    if not shapes or any(len(s) != 2 or 0 in s or s[1] != shapes[0][-1] for s in shapes): raise ValueError(f"codebooks: expected at least one array (K, D), all of one width, got shapes {shapes}")
+    if len(shapes) > 1 and sum(s[0] for s in shapes) > 32768: raise ValueError(f"K: expected at most 32768 codes over all levels, got {sum(s[0] for s in shapes)}: encoding keeps the inner products of all pairs")
     offsets = np.cumsum([0] + [len(c) for c in codebooks])
     return np.ascontiguousarray(np.concatenate(codebooks), np.float32), offsets.astype(np.int64)
 
-# %% ../../nbs/12_tokenizer_encode.ipynb #3022b1a3
-@numba.njit(nogil=True, fastmath=True, cache=True)
+# %% ../../nbs/12_tokenizer_encode.ipynb #b4d97a33
+@numba.njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, cache=True)           # NaN stays NaN
 def _round_rows(x, shift, y, out, err, norm):                 # (B, D) f32, (D,), (B, D) f32, (B, D) bf16 bits, (B,), (B,)
     "y = x − shift, its bfloat16 form, the distance between the two, and ‖y‖"
     for i in range(len(x)):
@@ -180,14 +208,22 @@ def _exact(r, have, x, C, half, offsets, codes, l, cand, m):
         if v > best: best, at = v, cand[q]
     return at - offsets[l], max(have, l)
 
-# %% ../../nbs/12_tokenizer_encode.ipynb #d68cbbd7
+# %% ../../nbs/12_tokenizer_encode.ipynb #243fd9a5
 @numba.njit(nogil=True, fastmath=True, cache=True)
-def _assign(dots, x, bound, rough, half32, norms, half, C, gram, offsets, out):   # (B, S), (B, D), (B,), (), 3 × (S,), (S, D), (S, S), (L+1,), (B, L)
-    L, S, D = len(offsets) - 1, dots.shape[1], x.shape[1]
+def _assign(dots, bits, x, bound, rough, half32, norms, half, C, gram, offsets, out):   # (B, S) f32 or bf16 bits, (B, D), (B,), (), 3 × (S,), (S, D), (S, S), (L+1,), (B, L)
+    L, S, D = len(offsets) - 1, len(C), x.shape[1]
     score, slack, r, cand = np.empty(S, np.float32), np.empty(S, np.float32), np.empty(D), np.empty(S, np.int64)
-    for i in range(len(dots)):
-        row, t, have = dots[i], bound[i], -1
-        for s in range(S): score[s], slack[s] = row[s] - half32[s], t * norms[s] + rough * abs(row[s]) + np.float32(1e-30)
+    for i in range(len(x)):
+        t, have = bound[i], -1
+        if len(bits):
+            row = bits[i]
+            for s in range(len(row)):
+                v = np.uint32(np.uint32(row[s]) << np.uint32(16)).view(np.float32)
+                score[s] = v - half32[s]
+                slack[s] = t * norms[s] + rough * abs(v) + np.float32(1e-30)
+        else:
+            line = dots[i]
+            for s in range(len(line)): score[s], slack[s] = line[s] - half32[s], t * norms[s] + np.float32(1e-30)
         for l in range(L):
             sc, un = score[offsets[l]:offsets[l + 1]], slack[offsets[l]:offsets[l + 1]]
             key, n, at = np.int32(-2**31), np.int32(0), np.int32(0)
@@ -207,33 +243,35 @@ def _assign(dots, x, bound, rough, half32, norms, half, C, gram, offsets, out): 
                 g, later = gram[offsets[l] + at][offsets[l + 1]:], score[offsets[l + 1]:]
                 for s in range(len(later)): later[s] -= g[s]
 
-# %% ../../nbs/12_tokenizer_encode.ipynb #a11b8e0a
+# %% ../../nbs/12_tokenizer_encode.ipynb #b4e9aaa9
 def _multiply(C, bf16):
-    "A function of y (B, D) float32, its bfloat16 bits, room for (B, S) bfloat16, and out (B, S) float32, that sets out = y·Cᵀ"
+    "A function of y (B, D) float32 and its bfloat16 bits that sets out (B, S) to y·Cᵀ: bfloat16 bits, or float32"
     C = torch.from_numpy(C)
     if bf16:
         Cb = C.bfloat16()
-        return lambda y, bits, half, out: torch.from_numpy(out).copy_(torch.mm(torch.from_numpy(bits).view(torch.bfloat16), Cb.T, out=half[:len(y)]))
+        return lambda y, bits, out: torch.mm(torch.from_numpy(bits).view(torch.bfloat16), Cb.T, out=torch.from_numpy(out).view(torch.bfloat16))
     try:                                                      # oneDNN's product: twice as fast as torch's default on some processors
         packed, op = torch.ops.mkldnn._reorder_linear_weight(C, None), torch.ops.mkldnn._linear_pointwise
         op(C[:1], packed, None, "none", [], "")
-        return lambda y, bits, half, out: torch.from_numpy(out).copy_(op(torch.from_numpy(y), packed, None, "none", [], ""))
-    except (AttributeError, RuntimeError): return lambda y, bits, half, out: torch.mm(torch.from_numpy(y), C.T, out=torch.from_numpy(out))
+        return lambda y, bits, out: torch.from_numpy(out).copy_(op(torch.from_numpy(y), packed, None, "none", [], ""))
+    except (AttributeError, RuntimeError): return lambda y, bits, out: torch.mm(torch.from_numpy(y), C.T, out=torch.from_numpy(out))
 
-# %% ../../nbs/12_tokenizer_encode.ipynb #ae7bed47
+# %% ../../nbs/12_tokenizer_encode.ipynb #abd346c3
 def _check_length(longest, name="items"):
-    if not longest < 1e18: raise ValueError(f"{name}: expected vectors shorter than 1e18, whose squares float32 can hold, got {longest:.0e}")
+    if not np.isfinite(longest): raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    if longest > 1e18: raise ValueError(f"{name}: expected vectors shorter than 1e18, whose squares float32 can hold, got {longest:.0e}")
 
-# %% ../../nbs/12_tokenizer_encode.ipynb #2e1d8db6
+# %% ../../nbs/12_tokenizer_encode.ipynb #b5fad3d7
 class ResidualEncoder:
     "Greedy residual codes against fixed codebooks, exact and independent of batch, threads and device"
     def __init__(self,
         codebooks: list[np.ndarray],  # L arrays (K_l, D)
-        bf16: bool=False,             # take bfloat16 products at their word: a little faster, and a few codes differ
+        bf16: bool=False,             # take bfloat16 products at their word: a little faster, and a few codes differ; on the processor only
         device: str="cpu",            # where the products are made; rows that need a closer look come back to the processor
     ):
-        (self.C, self.offsets), self.bf16, self.device = stack(codebooks), bf16, pick_device(device)
-        self.sizes, fast = tuple(map(len, codebooks)), bf16 or fast_bf16()
+        (self.C, self.offsets), self.device = stack(codebooks), pick_device(device)
+        self.bf16 = bf16 and self.device == "cpu"
+        self.sizes, fast = tuple(map(len, codebooks)), self.bf16 or fast_bf16()
         self.half = (self.C.astype(np.float64) ** 2).sum(1) / 2
         self.shift = self.C[:self.sizes[0]].mean(0, dtype=np.float64).astype(np.float32)
         Cs = self.C.copy()
@@ -248,42 +286,42 @@ class ResidualEncoder:
         self.fast, self.block = fast, int(np.clip(2**22 // len(Cs), 64, 4096))
         self.product = _multiply(Cs, fast)
 
-# %% ../../nbs/12_tokenizer_encode.ipynb #09bbe3d5
+# %% ../../nbs/12_tokenizer_encode.ipynb #c3a98bd9
 def _bound(self, err, norm):
     "What a row's scores may be off by, in units of a codeword's norm, (B,) float32"
-    small = 2. ** -23 * self.C.shape[1] * (norm + self.reach)
+    small = 2. ** -23 * (self.C.shape[1] + len(self.sizes) + 4) * (norm + self.reach)
     return ((err + (norm + err) * self.kappa if self.fast else 0) + small).astype(np.float32)
 
 def _room(self, n):
     "Arrays that every block of at most n rows works in: fresh ones cost more than the work"
     D, S = self.C.shape[1], len(self.C)
-    return [np.empty((n, D), np.float32), np.empty((n, D), np.uint16), np.empty(n), np.empty(n), np.empty((n, S), np.float32)], torch.empty((n, S) if self.fast else 0, dtype=torch.bfloat16)
-
-def _scores(self, x, room):
-    "Shifted rows' products with all codewords (B, S), rounding errors (B,) and lengths (B,)"
-    y, bits, err, norm, dots = [a[:len(x)] for a in room[0]]
-    in_threads(lambda a, b: _round_rows(x[a:b], self.shift, y[a:b], bits[a:b], err[a:b], norm[a:b]), len(x))
-    _check_length(norm.max(initial=0))
-    self.product(y, bits, room[1], dots)
-    return dots, err, norm
+    return np.empty((n, D), np.float32), np.empty((n, D), np.uint16), np.empty(n), np.empty(n), np.empty((n, S), np.uint16 if self.fast else np.float32)
 
 def _encode_block(self, x, out, room):
     "Codes of one block of rows (B, D) float32 into out (B, L)"
-    dots, err, norm = _scores(self, x, room)
-    bound, rough = (np.zeros(len(x), np.float32), 0.) if self.bf16 else (_bound(self, err, norm), 2. ** -9 * 1.01 * self.fast)
-    in_threads(lambda a, b: _assign(dots[a:b], x[a:b], bound[a:b], np.float32(rough), self.half32, self.norms, self.half, self.C, self.gram, self.offsets, out[a:b]), len(x))
+    y, bits, err, norm, dots = [a[:len(x)] for a in room]
+    in_threads(lambda a, b: _round_rows(x[a:b], self.shift, y[a:b], bits[a:b], err[a:b], norm[a:b]), len(x))
+    _check_length(norm.max(initial=0))
+    self.product(y, bits, dots)
+    bound, rough = (np.zeros(len(x), np.float32), 0.) if self.bf16 else (_bound(self, err, norm), 2. ** -8 * 1.01 * self.fast)
+    none = np.empty((0, 0), np.float32 if self.fast else np.uint16)
+    def block(a, b):
+        pair = (none, dots[a:b]) if self.fast else (dots[a:b], none)
+        _assign(*pair, x[a:b], bound[a:b], np.float32(rough), self.half32, self.norms, self.half, self.C, self.gram, self.offsets, out[a:b])
+    in_threads(block, len(x))
 
 def _encode_all(self, x, batch: int=4096, name: str="items") -> np.ndarray:
-    "Codes (N, L) of rows (N, D): an array, or a memory map, which is read block by block"
+    "Codes (N, L) of rows (N, D): an array, or a C-ordered memory map, which is read block by block"
+    batch = as_count(batch, "batch")
     out = np.empty((len(x), len(self.sizes)), code_dtype(self.sizes))
     room = _room(self, min(batch, self.block, len(x)))
-    for i, b in batches(x, self.C.shape[1], name, min(batch, self.block), "encode"):
+    for i, b in batches(x, self.C.shape[1], name, min(batch, self.block), "encode", finite=False):
         (_encode_block if self.device == "cpu" else _encode_far)(self, b, out[i:i + len(b)], room)
     return out
 
 ResidualEncoder.__call__ = _encode_all
 
-# %% ../../nbs/12_tokenizer_encode.ipynb #b1bb58e8
+# %% ../../nbs/12_tokenizer_encode.ipynb #bd120053
 @torch.inference_mode()
 def _encode_far(self, x, out, room):
     "Codes of one block by tensor operations on `device`"
@@ -293,7 +331,7 @@ def _encode_far(self, x, out, room):
     norm = y.norm(dim=1)
     _check_length(float(norm.max()))
     score = y @ C.T - half
-    slack = (2. ** -22 * C.shape[1] * (norm + self.reach))[:, None] * norms + 1e-30
+    slack = (2. ** -22 * (C.shape[1] + len(self.sizes) + 4) * (norm + self.reach))[:, None] * norms + 1e-30
     close = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     for l, (a, b) in enumerate(zip(self.offsets, self.offsets[1:])):
         low, at = (score[:, a:b] - slack[:, a:b]).max(1)

@@ -64,7 +64,7 @@ def _tables(books):
     gram = C @ C.T
     return _multiply(C, False), gram, gram.diagonal() / 2, offsets, shift
 
-# %% ../../nbs/12a_tokenizer_paths.ipynb #b64cac13
+# %% ../../nbs/12a_tokenizer_paths.ipynb #7d4ed5eb
 def best_paths(
     x: np.ndarray,          # (N, D) or (N, V, D) rows in the codewords' space; a memory map is read block by block
     codebooks,              # L arrays (K_l, D), or a quantiser that holds them
@@ -78,13 +78,14 @@ def best_paths(
     W = int(min(as_count(width, "width"), np.prod([float(s) for s in sizes])))
     product, gram, half, offsets, shift = _tables(books)
     codes, errors = np.empty((len(x), W, len(books)), code_dtype(sizes)), np.empty((len(x), W), np.float32)
-    block = max(64, min(batch, 2**22 // len(half)) // 64 * 64)
+    block = max(64, min(as_count(batch, "batch"), 2**22 // len(half)) // 64 * 64)
     y, dots, scores = np.zeros((block, x.shape[1]), np.float32), np.empty((block, len(half)), np.float32), np.empty((block, W))
     for i, rows in batches(x, name="x", batch=block, desc="best paths"):
         n, m = len(rows), -(-len(rows) // 64) * 64
         np.subtract(rows, shift, out=y[:n])
         y[n:m] = 0                                           # whole tiles, so that a row's product does not depend on how many came with it
-        product(y[:m], None, None, dots[:m])
+        product(y[:m], None, dots[:m])
         in_threads(lambda a, b: _paths(dots[a:b], gram, half, offsets, W, codes[i + a:i + b], scores[a:b]), n)
+        _check_length(np.sqrt((y[:n].astype(np.float64) ** 2).sum(1).max(initial=0)), "x")
         errors[i:i + n] = np.maximum(np.einsum("nd,nd->n", y[:n], y[:n], dtype=np.float64)[:, None] - 2 * scores[:n], 0)
     return codes, errors
