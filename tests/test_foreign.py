@@ -19,6 +19,7 @@ from hypothesis.extra import numpy as hnp
 
 from grnb.data import foreign, unpickle
 from grnb.data.foreign import Stub, Tensor, read_pickle, read_torch, torch_names
+from grnb.tokenizer.encode import _place, batches
 
 ONE_FILE = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -162,7 +163,7 @@ def test_shared_values_stay_small_and_steps_are_bounded(tmp_path, monkeypatch):
     x = reader(tmp_path)(b'\x80\x04]' + b''.join(b'q' + bytes([i]) + b'](h' + bytes([i]) + b'h' + bytes([i]) + b'e' for i in range(60)) + b'.')
     for _ in range(60): assert len(x) == 2 and x[0] is x[1]; x = x[0]
     monkeypatch.setattr(unpickle, 'STEPS', 50)
-    with pytest.raises(ValueError, match='more than 50 instructions'): reader(tmp_path)(pickle.dumps(list(range(100))))
+    with pytest.raises(ValueError, match=r"more than 50 instructions \(GENIUS's union file is one: read the files of the single pools"): reader(tmp_path)(pickle.dumps(list(range(100))))
     monkeypatch.setattr(unpickle, 'STEPS', 10**6); monkeypatch.setattr(unpickle, 'MANY', 50)
     with pytest.raises(ValueError, match='more than 50 of them'): reader(tmp_path)(pickle.dumps([[i] for i in range(100)]))
 
@@ -333,6 +334,35 @@ def test_claims_of_a_tensor_are_checked(tmp_path):
                      (dict(storage=('storage', ('g', 'torch DoubleStorage'), '0', 'cpu', 4)), 'claims 4 numbers of f8'), (dict(storage=ok[:2] + ('../../0', 'cpu', 4)), 'no entry'), (dict(storage=('module',) + ok[1:]), 'persistent id'),
                      (dict(storage=ok[:2] + ((1,), 'cpu', 4)), 'persistent id'), (dict(shape=(0, 2**62, 2**62), strides=(1, 1, 1)), 'x: ')):
         with pytest.raises(ValueError, match=said): read_torch(tensor_file(f, **kw))
+
+
+def test_strides_that_are_never_stepped_may_be_anything(tmp_path):
+    assert read_torch(tensor_file(tmp_path/'x', shape=(1,), strides=(2**62,))).tolist() == [0]
+    assert read_torch(tensor_file(tmp_path/'x', shape=(2, 1, 2), strides=(2, 2**63 - 1, 1))).tolist() == [[[0, 1]], [[2, 3]]]
+    with pytest.raises(ValueError, match='reaches element'): read_torch(tensor_file(tmp_path/'x', shape=(2,), strides=(2**62,)))
+
+
+def test_plain_tensors_stay_memory_maps(tmp_path):
+    "So that what reads maps block by block reads them so; turned ones come out right, too. None can be written"
+    x = torch.arange(24, dtype=torch.float16).reshape(6, 4)
+    torch.save(dict(whole=x, part=x[2:5], turned=x.T, column=x[:, 1], bf=x.bfloat16()), tmp_path/'x')
+    got = read_torch(tmp_path/'x')
+    assert isinstance(got['whole'], np.memmap) and isinstance(got['part'], np.memmap) and not got['part'].flags.owndata
+    blocks = list(batches(got['part'], 4, batch=2))
+    assert _place(got['part']) is not None and [i for i, _ in blocks] == [0, 2] and np.array_equal(np.concatenate([b for _, b in blocks]), x[2:5].float())
+    for k, want in dict(whole=x, part=x[2:5], turned=x.T, column=x[:, 1], bf=x).items():
+        assert np.array_equal(got[k], want) and not got[k].flags.writeable
+    with pytest.raises(ValueError, match='read-only'): got['bf'][:] = 0
+
+
+def test_names_of_lists_in_one_another_many_times_over(tmp_path, monkeypatch):
+    "Forty lists, each holding the one before twice: a small file with a trillion places"
+    x = []
+    for _ in range(40): x = [x, x]
+    monkeypatch.setattr(foreign, 'MANY', 5000)
+    with pytest.raises(ValueError, match='x: more than 5,000 places'): torch_names(archive(tmp_path/'x', {'s/data.pkl': pickle.dumps(x, 2)}))
+    torch.save([torch.zeros(2)] * 4000, tmp_path/'y')
+    assert len(torch_names(tmp_path/'y')) == 4000
 
 
 def test_many_views_of_one_bfloat16_storage_are_widened_once(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from grnb.core import load_arrays
-from grnb.tokenizer.genius import GENIUS, Combiner, Modal, _pair_loss, modal, modality
+from grnb.tokenizer.genius import GENIUS, Combiner, Modal, _fuse, _fuse_all, _pack, _pair_loss, _some, modal, modality
 from grnb.tokenizer.load import load_quantizer
 
 SMALL = dict(K=6, L=2, projection=8, hidden=16, steps=9, batch=16, device='cpu')
@@ -200,6 +200,57 @@ def test_a_memory_map_is_read_like_an_array(fitted, tmp_path):
     with pytest.raises(ValueError, match='items: expected finite'): m.encode(f)
 
 
+def mapped():
+    "Megabytes of mapped files that this process holds in memory"
+    status = Path('/proc/self/status')
+    if not status.exists(): pytest.skip('no /proc')
+    return int(next(l for l in status.read_text().splitlines() if l.startswith('RssFile')).split()[1]) / 1024
+
+
+def test_maps_are_read_by_rows_and_not_kept_in_memory(fitted, tmp_path):
+    "19 MB of images and texts: the pages do not stay; masked rows, and rows drawn at random, are those of the arrays"
+    (x, q, pos, m), g = fitted, np.random.default_rng(0)
+    big = g.normal(size=(2, 300_000, 8)).astype(np.float32)
+    big.tofile(tmp_path/'x')
+    both, im = np.memmap(tmp_path/'x', np.float32, 'r', shape=big.shape), np.arange(300_000) % 2 == 0
+    before, codes = mapped(), m.encode(Modal(both[0], both[1], im, ~im))
+    assert mapped() < before + 8
+    for i in (0, 4090, 299_990): assert (codes[i:i + 10] == m.encode(Modal(big[0, i:i + 10], big[1, i:i + 10], im[i:i + 10], ~im[i:i + 10]))).all()
+    rows = np.array([7, 3, 299_999, 3])
+    assert all((_some(both[k], r) == big[k][r]).all() for k in (0, 1) for r in (rows, slice(5, 9), slice(299_998, 300_500)))
+
+
+def test_start_rows_are_fused_in_blocks(monkeypatch):
+    "The widest layers never see all start rows at once, and what comes out is what one forward gives"
+    x, whole, seen = world(3000)[0], Combiner.forward, []
+    monkeypatch.setattr(Combiner, 'forward', lambda self, image, text: (seen.append(len(image)), whole(self, image, text))[1])
+    m = GENIUS(**{**SMALL, 'steps': 0}).fit(x)
+    assert max(seen) <= 256
+    packed = torch.from_numpy(_pack(x, slice(None), 'image', 'items'))
+    z, kind = _fuse_all(m.model, lambda rows: packed[rows], np.arange(3000))
+    want = _fuse(m.model, packed)
+    assert torch.allclose(z, want[0], atol=1e-6) and (kind == want[1]).all()
+
+
+def test_the_device_may_be_left_open(fitted):
+    x, _, _, m = fitted
+    assert (m.encode(x, device='auto') == m.encode(x)).mean() > .99 and np.allclose(m.embed(x.image, device='auto'), m.embed(x.image), atol=1e-3)
+    with pytest.raises(ValueError, match='device: '): m.encode(x, device='tpu')
+
+
+def test_errors_name_the_row_of_the_data(fitted, tmp_path):
+    m, x = fitted[3], np.ones((6000, 8), np.float32)
+    mask = np.arange(6000) != 5555
+    x.tofile(tmp_path/'x')
+    for a in (x, np.memmap(tmp_path/'x', np.float32, 'r', shape=x.shape)):
+        with pytest.raises(ValueError, match='items: row 5555 has neither'): m.encode(Modal(a, None, mask))
+        with pytest.raises(ValueError, match='items: row 5555 has neither'): GENIUS(**SMALL).fit(Modal(a, None, mask))
+        with pytest.raises(ValueError, match='items: row 5555 has neither'): GENIUS(**SMALL).fit(Modal(a, None, mask), x[:3], np.array([7, 5555, 8]))
+    views = np.ones((6000, 2, 8), np.float32)
+    views[5555] = 0
+    with pytest.raises(ValueError, match=r'items: row \[5555, 0\] is zero'): GENIUS(**SMALL).fit(views)
+
+
 # --- training
 
 @pytest.mark.parametrize('kw', [{}, dict(modality='nearest')])
@@ -209,7 +260,6 @@ def test_losses_are_the_formulas(kw):
     m = GENIUS(**{**SMALL, **kw, 'steps': 0, 'revive': 0.}).fit(x, q, pos)
     zq, zp, books = m.embed(q).astype(np.float64), m.embed(x).astype(np.float64), m.codebooks
     cq, cp = m.encode(q).astype(int), m.encode(x).astype(int)
-    from grnb.tokenizer.genius import _pack
     batch = tuple(torch.from_numpy(_pack(a, slice(None), 'image', 'items')) for a in (q, x)) + (torch.from_numpy(pos),)
     commit, hats, z, c = 0, 0, np.concatenate([zq, zp]), np.concatenate([cq, cp])
     r = z
@@ -290,6 +340,8 @@ def test_a_stopped_fit_goes_on(tmp_path, monkeypatch, alone):
     assert len(calls) < 40                                             # it went on, it did not start again
     for a, b in zip(again.arrays()[0].values(), want.arrays()[0].values()): assert (a == b).all()
     with pytest.raises(ValueError, match='checkpoint'): GENIUS(**kw).fit(cut(x, slice(0, 50)), *(() if alone else (cut(q, slice(0, 100)), pos[:100])), checkpoint=tmp_path)
+    if not alone:                                                      # whose the queries are counts, too
+        with pytest.raises(ValueError, match='checkpoint'): GENIUS(**kw).fit(x, q, pos[::-1].copy(), checkpoint=tmp_path)
 
 
 # --- files and bad input
@@ -335,7 +387,8 @@ ONE, TWO = np.ones((3, 4), np.float32), np.ones((3, 5), np.float32)
 @pytest.mark.parametrize('make, says', [
     (lambda: GENIUS(K=0), 'K: expected at least 1'), (lambda: GENIUS(K=(4, 4), L=3), 'K: expected one number or 3'), (lambda: GENIUS(L=0), 'L: '),
     (lambda: GENIUS(modality='guess'), 'modality: expected masks or nearest'), (lambda: GENIUS(pair=-1.), 'pair: expected a weight'),
-    (lambda: GENIUS(temperature=0.), 'temperature: '), (lambda: GENIUS(revive=1.), 'revive: '), (lambda: GENIUS(decay=1.), 'decay: '), (lambda: GENIUS(seed=-1), 'seed: '),
+    (lambda: GENIUS(temperature=0.), 'temperature: '), (lambda: GENIUS(lr=0.), 'lr: expected above'), (lambda: GENIUS(lr=np.nan), 'lr: '), (lambda: GENIUS(weight_decay=-.1), 'weight_decay: expected'),
+    (lambda: GENIUS(revive=1.), 'revive: '), (lambda: GENIUS(decay=1.), 'decay: '), (lambda: GENIUS(seed=-1), 'seed: '),
     (lambda: GENIUS(steps=2.5), 'steps: '), (lambda: GENIUS().encode(X), 'not fitted'), (lambda: GENIUS().decode([[1]]), 'not fitted'), (lambda: GENIUS().embed(X), 'not fitted'),
     (lambda: GENIUS().fit(ONE[:0]), 'items: expected at least one'), (lambda: GENIUS().fit(ONE * np.nan), 'items: expected finite'),
     (lambda: GENIUS().fit(Modal(ONE * np.nan, None)), 'items.image: expected finite'), (lambda: GENIUS().fit(Modal(None, None)), 'items: expected image or text'),
@@ -357,6 +410,26 @@ def test_a_refused_fit_leaves_the_quantiser_as_it_was(fitted):
     with pytest.raises(ValueError): m.fit(x, q, pos + 1)
     with pytest.raises(ValueError): m.fit(ONE * np.nan)
     assert (m.encode(x) == before).all()
+
+
+@pytest.mark.parametrize('stop', [KeyboardInterrupt, MemoryError])
+def test_a_fit_that_stops_leaves_the_quantiser_as_it_was(fitted, tmp_path, monkeypatch, stop):
+    "Stopped while it trains on vectors of another width, or by a row that only training reads"
+    import grnb.tokenizer.genius as g
+    x, q, pos, _ = fitted
+    m, new = GENIUS(**SMALL).fit(x, q, pos), GENIUS(**SMALL)
+    before, arrays = m.encode(x), {k: v.copy() for k, v in m.arrays()[0].items()}
+    f = np.memmap(tmp_path/'x', np.float32, 'w+', shape=(60, 9))
+    f[:] = 1
+    f[40] = np.nan
+    with pytest.raises(ValueError, match='expected finite'): m.fit(Modal(f, None))
+
+    def broken(*a): raise stop
+    monkeypatch.setattr(g, '_pair_loss', broken)
+    for p in (m, new):
+        with pytest.raises(stop): p.fit(x.image[:, :5], q.text[:, :5], pos)
+    assert (m.encode(x) == before).all() and m.D == 8 and all((v == arrays[k]).all() for k, v in m.arrays()[0].items()) and new.model is None
+    with pytest.raises(ValueError, match='not fitted'): new.encode(x)
 
 
 def test_bad_codes_and_widths(fitted):

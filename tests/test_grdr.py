@@ -1,4 +1,5 @@
 """GRDR's views and cosine quantiser against the released formulas written out in numpy, and on awkward data."""
+import copy
 import os
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
 from grnb.core import load_arrays
@@ -194,6 +196,43 @@ def test_a_memory_map_is_read_like_an_array(fitted, tmp_path):
     with pytest.raises(ValueError, match='items: expected finite'): q.encode(m)
 
 
+def mapped():
+    "Megabytes of mapped files that this process holds in memory"
+    status = Path('/proc/self/status')
+    if not status.exists(): pytest.skip('no /proc')
+    return int(next(l for l in status.read_text().splitlines() if l.startswith('RssFile')).split()[1]) / 1024
+
+
+def test_a_map_of_views_is_read_in_blocks_and_not_kept_in_memory(fitted, tmp_path):
+    "24 MB of three views an item: the pages do not stay, the codes are those of the array, block borders included"
+    x, q = np.random.default_rng(0).normal(size=(250_000, 3, 8)).astype(np.float32), fitted[3]
+    x.tofile(tmp_path/'x')
+    m, before = np.memmap(tmp_path/'x', np.float32, 'r', shape=x.shape), mapped()
+    codes = q.encode(m)
+    assert mapped() < before + 8
+    for i in (0, 1270, 249_990): assert (codes[i:i + 10] == q.encode(x[i:i + 10])).all()
+    for bad in (m[:, :0], m[..., :5]):
+        with pytest.raises(ValueError, match='items: expected'): q.encode(bad)
+
+
+def test_the_device_may_be_left_open(fitted):
+    x, _, _, q = fitted
+    assert (q.encode(x, device='auto') == q.encode(x)).mean() > .99 and np.allclose(q.views(x, device='auto'), q.views(x), atol=1e-3)
+    with pytest.raises(ValueError, match='device: '): q.encode(x, device='tpu')
+
+
+def test_errors_name_the_row_of_the_data(fitted, tmp_path):
+    q, x = fitted[3], np.random.default_rng(0).normal(size=(6000, 2, 8)).astype(np.float32)
+    x[5555] = 0
+    x.tofile(tmp_path/'x')
+    for a in (x, np.memmap(tmp_path/'x', np.float32, 'r', shape=x.shape)):
+        with pytest.raises(ValueError, match=r'items: row \[5555, 0\] is zero'): q.encode(a)
+        with pytest.raises(ValueError, match=r'items: row \[5555\] is zero'): q.encode(a[:, 0])
+    m = np.memmap(tmp_path/'x', np.float32, 'r', shape=x.shape)
+    with pytest.raises(ValueError, match=r'items: row \[5555, 0\] is zero'): GRDR(**SMALL).fit(m)                # a start row, in whatever order they are drawn
+    with pytest.raises(ValueError, match=r'items: row \[5555, 0\] is zero'): GRDR(**SMALL).fit(m, x[:6, 0], np.array([9, 4, 5555, 9, 2, 1]))
+
+
 # --- training
 
 def test_centred_residuals():
@@ -207,7 +246,6 @@ def test_centred_residuals():
 
 def test_losses_are_the_formulas():
     "Reconstruction and quantiser terms of a batch, written out in numpy"
-    import torch
     x, c, pos = world(20)
     q = GRDR(**{**SMALL, 'steps': 0}).fit(x)
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -222,6 +260,29 @@ def test_losses_are_the_formulas():
     back = np.mean([total[:, v] @ m.dec_w[v].numpy().T + m.dec_b[v].numpy() for v in range(3)], 0)
     recon = (1 - (back * x).sum(1) / np.linalg.norm(back, axis=1)).mean()
     assert np.isclose(float(_views_loss(m, rows, _PHASES['with_it'], 2, None)), .3 * rq + .1 * recon, atol=1e-4)
+
+
+def test_caption_and_drift_terms_are_the_formulas():
+    "Both phases of the second level, written out in numpy: captions at temperature 0.07, older levels at 100 cos"
+    x, c, pos = world(20, per=2)
+    q = GRDR(**{**SMALL, 'steps': 6}).fit(x, c, pos)
+    unit, log = lambda a: a / np.linalg.norm(a, axis=1, keepdims=True), lambda a: a - a.max(1, keepdims=True) - np.log(np.exp(a - a.max(1, keepdims=True)).sum(1, keepdims=True))
+    m, x, c, view = q.model, unit(x), unit(c), np.random.default_rng(1).integers(3, size=40)
+    old = copy.deepcopy(m)
+    with torch.no_grad(): m.enc_w.add_(.2 * torch.randn(m.enc_w.shape, generator=torch.Generator().manual_seed(0)))
+    z, before = (np.array([xi.astype('f8') @ k.enc_w[v].numpy().T + k.enc_b[v].numpy() for xi, v in zip(x[pos], view)]) for k in (m, old))
+    C, near = q.codebooks, lambda r, b: (unit(r) @ unit(b).T).argmax(1)
+    drift = -log(100 * unit(z) @ unit(C[0]).T)[np.arange(40), near(before, C[0])].mean()
+    zq = C[0][near(z, C[0])]
+    zq = zq + C[1][near(z - zq, C[1])]
+    same = (pos[:, None] == pos) & ~np.eye(40, dtype=bool)
+    for phase, to, weights in (('before', z, (.5, .5)), ('with_it', zq, (.2, .8))):
+        s = np.where(same, -1e9, unit(c @ m.ask.weight.numpy().T) @ unit(to).T / .07)
+        captions = -(np.diag(log(s)).mean() + np.diag(log(s.T)).mean()) / 2
+        batch = tuple(map(torch.from_numpy, (x[pos], view, c, pos)))
+        only = dict(_PHASES[phase], recon=0., rq=1e-12 if phase == 'with_it' else 0.)                          # quantised, without the weight of it
+        assert captions > .1 and drift > .1 and np.isclose(float(_views_loss(m, batch, only, 1, old)), np.dot(weights, (captions, drift)), rtol=1e-3)
+    assert (_PHASES['with_it']['recon'], _PHASES['with_it']['rq'], _PHASES['before']['recon'], _PHASES['before']['rq']) == (.1, .3, 0, 0)
 
 
 def test_older_codebooks_stay_and_the_newest_moves(monkeypatch):
@@ -283,6 +344,16 @@ def test_a_stopped_fit_goes_on(fitted, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='checkpoint'): GRDR(**SMALL, beta=.1).fit(x, c, pos, checkpoint=tmp_path)
 
 
+def test_a_checkpoint_belongs_to_all_rows_and_to_the_views(tmp_path):
+    "In its first phase already, which starts from the same weights whatever the data"
+    x, c, pos = world(400, per=1)
+    few = GRDR(**SMALL | dict(L=1, steps=3))
+    few.fit(x, c, pos, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match='checkpoint: .*level0-before'): few.fit(x, c, pos, views=np.arange(400) % 3, checkpoint=tmp_path)
+    x[399, 0] += 1
+    with pytest.raises(ValueError, match='checkpoint: .*level0-before'): few.fit(x, c, pos, checkpoint=tmp_path)
+
+
 # --- files and bad input
 
 def test_save_and_load(fitted, tmp_path):
@@ -324,7 +395,8 @@ X, C, P = world(20)
 
 @pytest.mark.parametrize('make, says', [
     (lambda: GRDR(V=0), 'V: expected at least 1'), (lambda: GRDR(K=2.5), 'K: '), (lambda: GRDR(L=0), 'L: '), (lambda: GRDR(steps=-1), 'steps: '),
-    (lambda: GRDR(dim=0), 'dim: '), (lambda: GRDR(seed=-1), 'seed: '), (lambda: GRDR().encode(X), 'not fitted'), (lambda: GRDR().decode([[1]]), 'not fitted'),
+    (lambda: GRDR(dim=0), 'dim: '), (lambda: GRDR(lr=0.), 'lr: expected'), (lambda: GRDR(lr=np.nan), 'lr: '), (lambda: GRDR(beta=-.1), 'beta: expected'), (lambda: GRDR(beta=np.inf), 'beta: '),
+    (lambda: GRDR(seed=-1), 'seed: '), (lambda: GRDR().encode(X), 'not fitted'), (lambda: GRDR().decode([[1]]), 'not fitted'),
     (lambda: GRDR().views(X), 'not fitted'), (lambda: GRDR().embed(X), 'not fitted'), (lambda: GRDR().save('x'), 'not fitted'),
     (lambda: GRDR().fit(X[:0]), 'items: expected at least one'), (lambda: GRDR().fit([[np.nan, 1]]), 'items: expected finite'),
     (lambda: GRDR().fit(np.zeros((3, 4))), 'items: row .* is zero'), (lambda: GRDR().fit(X, C), 'captions, positives: expected both'),
@@ -343,6 +415,28 @@ def test_a_refused_fit_leaves_the_quantiser_as_it_was(fitted):
     for bad in (x * 0, x * np.nan, x[:9]):
         with pytest.raises(ValueError): q.fit(bad, c, pos)
     assert (q.encode(x) == before).all()
+
+
+@pytest.mark.parametrize('stop', [KeyboardInterrupt, MemoryError])
+def test_a_fit_that_stops_leaves_the_quantiser_as_it_was(fitted, tmp_path, monkeypatch, stop):
+    "Stopped in its second level, or by a row that only training reads"
+    x, c, pos, _ = fitted
+    q = GRDR(**SMALL).fit(x, c, pos)
+    before, arrays = q.encode(x), {k: v.copy() for k, v in q.arrays()[0].items()}
+    m = np.memmap(tmp_path/'x', np.float32, 'w+', shape=(50, 9))
+    m[:] = 1
+    m[40] = np.nan
+    with pytest.raises(ValueError, match='items: expected finite'): q.fit(m)
+    whole, new = GRDR._fit_level, GRDR(**SMALL)
+
+    def broken(self, l, *a):
+        if l: raise stop
+        return whole(self, l, *a)
+    monkeypatch.setattr(GRDR, '_fit_level', broken)
+    for p in (q, new):
+        with pytest.raises(stop): p.fit(x[:, :5], c, pos)
+    assert (q.encode(x) == before).all() and all((v == arrays[k]).all() for k, v in q.arrays()[0].items()) and new.model is None
+    with pytest.raises(ValueError, match='not fitted'): new.encode(x)
 
 
 def test_bad_codes_and_widths(fitted):

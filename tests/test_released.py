@@ -113,6 +113,11 @@ def test_grdr_files_of_other_forms(tmp_path):
     (lambda s: s.update({'centroids.1.codebook.weight': torch.zeros(8, 16)}), r'centroids\.1\.codebook\.weight and .* differ'),
     (lambda s: s.update({'video_rqvae.encoder.mlps.0.mlp_layers.1.weight': torch.full((16, 16), float('nan'))}), 'finite'),
     (lambda s: s.update({'video_rqvae.encoder.mlps.0.mlp_layers.1.bias': torch.zeros(16, 1)}), r'expected shape \(16\), got'),
+    (lambda s: s.update({f'video_rqvae.decoder.mlps.3.mlp_layers.1.{p}': torch.zeros(16, 16) if p == 'weight' else torch.zeros(16) for p in ('weight', 'bias')}), r'decoder\.mlps\.3\.mlp_layers\.1\.weight: no such part in a tokeniser of 3 heads and 3 levels'),
+    (lambda s: s.update({'video_rqvae.encoder.mlps.0.mlp_layers.4.weight': torch.zeros(16, 16)}), r'encoder\.mlps\.0\.mlp_layers\.4\.weight: no such part'),
+    (lambda s: s.update({'code_embedding.3.weight': torch.zeros(8, 16)}), r'code_embedding\.3\.weight: no such part'),
+    (lambda s: s.update({'centroids.3.codebook.weight': torch.zeros(8, 16)}), r'centroids\.3\.codebook\.weight: no such part'),
+    (lambda s: [s.update({'centroids.1.codebook.weight': torch.zeros(8, 16)})] + [s.pop(k) for k in list(s) if '.rq.' in k], r'centroids\.1\.codebook\.weight and code_embedding\.1\.weight differ'),
     (lambda s: [s.pop(k) for k in list(s) if k.startswith('video')], 'expected tensors named video_rqvae. or rq.vq_layers.…, found model.shared.weight')])
 def test_grdr_files_that_do_not_fit(tmp_path, change, said):
     state = grdr_state(3, 8, 3, 16)
@@ -239,6 +244,10 @@ def test_genius_reads_only_what_makes_codes(tmp_path):
     (lambda s: s.update({'residual_rq.layers.9000._codebook.embed': torch.zeros(1, 16, 12)}), 'numbered up to 9000, but only 4'),
     (lambda s: s.update({'vq._codebook.embed': torch.zeros(1, 3, 12)}), r'vq\._codebook\.embed and residual_rq\.layers\.0\._codebook\.embed differ'),
     (lambda s: s.update({'residual_rq.layers.0._codebook.embed': torch.zeros(1, 4, 12), 'vq._codebook.embed': torch.zeros(1, 4, 12)}), r'expected shape \(1, 3, 12\)'),
+    (lambda s: s.update({'encoder.text_projection_layer2.weight': torch.zeros(20, 20)}), r'encoder\.text_projection_layer2\.weight: no such part in a quantiser of 3 levels'),
+    (lambda s: s.update({'residual_rq.project_in.weight': torch.zeros(12, 12)}), r'residual_rq\.project_in\.weight: no such part'),
+    (lambda s: s.update({'residual_rq.layers.3._codebook.embed_avg': torch.zeros(1, 16, 12)}), r'layers\.3\._codebook\.embed_avg: no such part'),
+    (lambda s: s.update({'residual_rq.layers.1.project_out.bias': torch.zeros(12)}), r'layers\.1\.project_out\.bias: no such part'),
     (lambda s: [s.pop(k) for k in list(s) if 'residual' in k], 'expected tensors named residual_rq. or quantizer.residual_rq.…')])
 def test_genius_files_that_do_not_fit(tmp_path, change, said):
     state = genius_state(12, 20, 24, 16, 3)
@@ -286,6 +295,7 @@ def test_clip_features(tmp_path, dtype):
     state = genius_state(12, 20, 24, 16, 9)
     container(tmp_path/'x.pth', state, tmp_path/'ran')
     want = genius_formula(state, Modal(*(a.astype('f4') for a in f[:2]), *f[2:4]), 9)
+    assert isinstance(f.image, np.memmap) and isinstance(f.text, np.memmap)                           # encoded row block by row block
     assert np.array_equal(load_genius(tmp_path/'x.pth').encode(f.items), want)
 
 
@@ -293,6 +303,7 @@ def test_clip_features(tmp_path, dtype):
     (dict(img=torch.zeros(30, 11)), 'text: expected float16 or float32'), (dict(text=torch.zeros(29, 12)), 'text: expected'), (dict(img=torch.zeros(30)), 'img: expected float16 or float32'),
     (dict(img=torch.zeros(30, 12).double()), 'img: expected float16 or float32 .* got float64'), (dict(img=[1, 2]), 'img: expected'), (dict(img_mask=torch.ones(29)), r'img_mask: expected 30 values, each 0 or 1, got float32 \(29,\)'),
     (dict(text_mask=torch.full((30,), 2)), 'text_mask: expected 30 values, each 0 or 1'), (dict(text_mask=torch.full((30,), float('nan'))), 'text_mask: expected'), (dict(text_mask=None), 'text_mask: expected'),
+    (dict(img_mask=[[1], [1, 0]] * 15), 'img_mask: expected 30 values, each 0 or 1, got lists of different lengths'),
     (dict(id_to_index={i: 0 for i in range(30)}), 'one id for each of 30 rows, got 30 ids, 29 rows without'), (dict(id_to_index={i: i for i in range(29)}), 'got 29 ids, 1 rows'), (dict(id_to_index={i: i + 1 for i in range(30)}), 'ids to rows below 30'),
     (dict(id_to_index={str(i): i for i in range(30)}), 'both whole numbers'), (dict(id_to_index={i - 1: i for i in range(30)}), 'both whole numbers'), (dict(id_to_index={i: torch.tensor(i) for i in range(30)}), 'both whole numbers'),
     (dict(id_to_index=[1]), 'expected a dict'), (dict(id_to_index={torch.tensor(i): i for i in range(30)}), 'tensors as keys, so no id can be looked up')])

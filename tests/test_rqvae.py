@@ -18,7 +18,8 @@ from grnb.tokenizer.avg import AVG, AVGModel
 from grnb.tokenizer.cart import CART
 from grnb.tokenizer.encode import residual_encode
 from grnb.tokenizer.levels import Codebook, ResidualLevels, cosine_encode, in_blocks, rotation_trick, sinkhorn, straight_through
-from grnb.tokenizer.rqvae import RQVAE, as_rows, row_batches
+from grnb.tokenizer.load import load_quantizer
+from grnb.tokenizer.rqvae import RQVAE, fetch, row_batches
 
 fast = settings(max_examples=25, deadline=None)
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,6 +123,19 @@ def test_revival_off_leaves_codes_alone():
     levels.stored[0].put(np.float32([[0, 0, 0]] + [[99, 99, 99]] * 7), np.ones(8))
     for _ in range(50): levels.learn(levels(z))
     assert np.allclose(levels.books()[0][1:], 99, rtol=.01)
+
+
+def test_a_code_is_dead_below_its_own_levels_load():
+    levels = RQVAE(K=(64, 4), L=2, dim=None, update="ema", batch=128, revive=.5)._levels(3)     # even loads 2 and 32 rows, thresholds 1 and 16
+    for book, count in zip(levels.stored, (1.5, 10.)): book.put(torch.randn(len(book.words), 3, generator=torch.Generator().manual_seed(0)), torch.full((len(book.words),), count))
+    far = [b.words.data.clone() for b in levels.stored]
+    out = levels(torch.tensor([[5., 5, 5], [6, 5, 5]]))
+    with torch_seed(0): levels.learn(out)
+    assert torch.allclose(levels.stored[0].count.min(), torch.tensor(1.5 * .95)) and (levels.stored[1].count >= 16).all()
+    kept = [torch.isclose(b.words, w, rtol=.01).all(1).sum() for b, w in zip(levels.stored, far)]
+    assert kept[0] >= 62 and kept[1] == 0
+    for revive in ((1.,), (1., -1.), (1., float("nan"))):
+        with pytest.raises(ValueError, match="revive: "): ResidualLevels((4, 4), 3, update="ema", revive=revive)
 
 
 # --- gradients
@@ -229,7 +243,10 @@ def test_balance_is_for_training_only():
     (lambda: ResidualLevels((4,), 3, update="sgd"), "update: "), (lambda: ResidualLevels((4,), 3, gradient="none"), "gradient: "),
     (lambda: ResidualLevels((4,), 3, decay=1.), "decay: "), (lambda: ResidualLevels((4,), 3, beta=-1), "beta: "), (lambda: ResidualLevels((4,), 3, patience=0), "patience: "),
     (lambda: RQVAE(K=(4, 4), L=3), "K: expected one number or 3"), (lambda: RQVAE(L=0), "L: "), (lambda: RQVAE(dim=0), "dim: "), (lambda: RQVAE(distance="dot"), "distance: "),
-    (lambda: RQVAE(revive=2), "revive: "), (lambda: RQVAE(seed=-1), "seed: "), (lambda: RQVAE(beta=float("nan")), "beta: "),
+    (lambda: RQVAE(revive=2), "revive: "), (lambda: RQVAE(seed=-1), "seed: "), (lambda: RQVAE(beta=float("nan")), "beta: "), (lambda: RQVAE(beta="a"), "beta: "),
+    *[(lambda make=make, lr=lr: make(lr=lr), "lr: expected above 0") for make in (RQVAE, AVG, CART) for lr in (-1., 0, float("nan"), float("inf"), "a", None)],
+    *[(lambda make=make, beta=beta: make(beta=beta), "beta: expected 0 or more") for make in (RQVAE, AVG, CART) for beta in (-1., float("inf"), None)],
+    (lambda: AVG(temperature=float("inf")), "temperature: "), (lambda: AVG(weight="a"), "weight: "),
     (lambda: AVG(batch=1), "batch: expected at least 2"), (lambda: AVG(position="middle"), "position: "), (lambda: AVG(align="l1"), "align: "), (lambda: AVG(weight=-1), "weight: "),
     (lambda: AVG(dropout=1), "dropout: "), (lambda: AVG(sinkhorn=-1), "sinkhorn: "), (lambda: AVG(temperature=0), "temperature: "),
     (lambda: CART(L=1), "L: expected at least 2"), (lambda: CART(codes=0), "codes: "), (lambda: CART(dim=None), "dim: "),
@@ -342,6 +359,23 @@ def test_save_and_load(fitted, name, tmp_path):
     with pytest.raises(KeyError): type(q).from_arrays(dict(arrays, **{"fine.more": x, "more": x}), dict(facts))
 
 
+@pytest.mark.parametrize("name", ["gradient", "plain ema", "avg", "cart"])
+def test_damaged_files(fitted, name, tmp_path):
+    path = tmp_path/"q.safetensors"
+    fitted[name].save(path)
+    arrays, facts = load_arrays(path)
+    assert (load_quantizer(path).encode(x) == fitted[name].encode(x)).all()
+    def refused(arrays, facts):
+        save_arrays(path, arrays, facts)
+        with pytest.raises(ValueError, match="q.safetensors: not a quantiser of this version"): load_quantizer(path)
+    for k, v in arrays.items():
+        holed = v.copy()
+        holed.reshape(-1)[-1] = np.nan
+        for bad in (holed, v.reshape(-1)[:-1]): refused({**arrays, k: bad}, facts)
+    for k in facts.keys() - {"kind", "seed"}:
+        for bad in ("a", []): refused(arrays, {**facts, k: bad})
+
+
 @pytest.mark.parametrize("name", MAKE)
 def test_awkward_items(name):
     eye = np.eye(6, dtype=np.float32)
@@ -393,12 +427,61 @@ def test_a_stopped_fit_goes_on_as_if_nothing_had_happened(name, steps, stop, tmp
 def test_a_memory_map_trains_like_an_array(fitted, tmp_path):
     np.save(tmp_path/"x.npy", x)
     mapped = np.load(tmp_path/"x.npy", mmap_mode="r")
-    assert isinstance(as_rows(mapped), np.memmap)
-    for name in ("gradient", "plain ema", "cart"): assert (MAKE[name]().fit(mapped).encode(mapped) == fitted[name].encode(x)).all()
+    rows = np.array([5, 0, 5, 89])
+    assert torch.equal(fetch(mapped, rows), fetch(x, rows)) and torch.equal(fetch(mapped[3:], rows[:3]), fetch(x[3:], rows[:3]))
+    for name in ("gradient", "plain ema", "avg", "cart"):
+        q = MAKE[name]().fit(mapped, *((captions, of) if name == "avg" else ()))
+        assert (q.encode(mapped) == fitted[name].encode(x)).all() and all((a == b).all() for a, b in zip(q.codebooks, fitted[name].codebooks))
     bad = x.copy()
     bad[:] = np.nan
     np.save(tmp_path/"bad.npy", bad)
     with pytest.raises(ValueError, match="items: expected finite"): MAKE["plain ema"]().fit(np.load(tmp_path/"bad.npy", mmap_mode="r"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_a_memory_map_stays_on_disk(tmp_path):
+    held = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("RssFile")).split()[1]) >> 10      # MiB of files in memory
+    many = np.lib.format.open_memmap(tmp_path/"many.npy", "w+", np.float32, (200_000, 64))                            # 49 MiB
+    for i in range(0, len(many), 10_000): many[i:i + 10_000] = np.random.default_rng(i).normal(size=(10_000, 64))
+    del many
+    for q in (RQVAE(4, 2, 8, 4, steps=10, batch=256, device="cpu"), RQVAE(4, 2, dim=None, update="ema", steps=10, batch=256, device="cpu"),
+              AVG(4, 2, 4, steps=10, batch=256, device="cpu")):
+        q.fit(x)                                                                              # loads what libraries it needs
+        mapped = np.load(tmp_path/"many.npy", mmap_mode="r")
+        before = held()
+        q.fit(mapped)
+        assert held() - before < 8, q.kind
+        mapped[np.arange(0, 200_000, 70)]
+        assert held() - before > 40                                                           # what rows of the map itself would hold
+
+
+@pytest.mark.parametrize("name", ["gradient", "plain ema", "avg", "cart"])
+def test_a_failed_fit_leaves_things_as_they_were(name, monkeypatch):
+    old, new, args = MAKE[name]().fit(x), MAKE[name](), (captions[:, :5], of) if name == "avg" else ()
+    facts, weights, codes = dict(old.settings), {k: v.copy() for k, v in old.arrays()[0].items()}, old.encode(x)
+    module, calls = grnb.tokenizer.avg if name == "avg" else grnb.tokenizer.rqvae, [0]
+    real = module.fetch
+    def failing(*a):
+        calls[0] += 1
+        if not calls[0] % 4: raise ValueError("items: a row that is found late")
+        return real(*a)
+    monkeypatch.setattr(module, "fetch", failing)
+    for q in (old, new):
+        with pytest.raises(ValueError, match="found late"): q.fit(2 * x[:, :5], *args)
+    now = old.arrays()
+    assert old.settings == facts and now[0].keys() == weights.keys() and all((now[0][k] == v).all() for k, v in weights.items())
+    assert (old.encode(x) == codes).all() and old.decode(codes).shape == x.shape
+    with pytest.raises(ValueError, match="not fitted"): new.encode(x)
+
+
+@pytest.mark.parametrize("name", ["gradient", "plain ema", "avg", "cart"])
+def test_devices_of_encode(fitted, name):
+    q = fitted[name]
+    codes = q.encode(x)
+    assert (q.encode(x, device="auto") == codes).all(1).mean() > .9 and (q.encode(x, device="cpu") == codes).all()
+    with pytest.raises(ValueError, match="device: expected auto"): q.encode(x, device="abacus")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device: 'cuda' is not available"): q.encode(x, device="cuda")
 
 
 def test_training_lowers_the_error():
@@ -465,6 +548,19 @@ def test_avg_loss_is_its_formula():
 ])
 def test_avg_refuses_bad_pairs(args, says):
     with pytest.raises(ValueError, match=says): MAKE["avg"]().fit(x, *args)
+
+
+def test_avg_refuses_views_beside_captions():
+    with pytest.raises(ValueError, match=r"items: expected shape \(N, D\) beside captions, got \(30, 3, 6\)"): MAKE["avg"]().fit(x.reshape(30, 3, 6), captions[:30], np.arange(30))
+    assert MAKE["avg"]().fit(x.reshape(30, 3, 6)).encode(x.reshape(30, 3, 6)).shape == (30, 3, 2)
+
+
+def test_a_checkpoint_is_of_its_captions(tmp_path):
+    fit = lambda *args: MAKE["avg"]().fit(x, *args, checkpoint=tmp_path)
+    first = fit(captions, of).encode(x)
+    for args in ((captions + 1, of), (captions, of[::-1].copy()), ()):
+        with pytest.raises(ValueError, match="checkpoint: "): fit(*args)
+    assert (fit(captions, of).encode(x) == first).all()
 
 
 def test_avg_without_captions():

@@ -87,7 +87,7 @@ class _Machine:
         del self.stack[at:]
         return out
 
-# %% ../../nbs/04a_data_unpickle.ipynb #49a7b2e0
+# %% ../../nbs/04a_data_unpickle.ipynb #4c457dfe
 _OPS = {}                                                      # byte → what it does to the machine
 
 def _follow(m):
@@ -101,7 +101,7 @@ def _follow(m):
         step = _OPS.get(op)
         if step is None: raise ValueError(f"instruction {bytes([op])!r} is not read: no pickle of protocol 2 to 5, or a damaged one")
         step(m)
-    raise ValueError(f"more than {STEPS:,} instructions")
+    raise ValueError(f"more than {STEPS:,} instructions (GENIUS's union file is one: read the files of the single pools)")
 
 # %% ../../nbs/04a_data_unpickle.ipynb #c3768646
 _B, _H, _i, _I, _Q, _d = map(struct.Struct, ("<B", "<H", "<i", "<I", "<Q", ">d"))

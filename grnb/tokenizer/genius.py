@@ -157,7 +157,7 @@ def _source(x, name, width=None):
     if not lengths or len(set(lengths.values())) > 1: raise ValueError(f"{name}: expected image or text vectors and masks of one length, got {lengths or 'neither'}")
     return x, next(iter(lengths.values()))
 
-# %% ../../nbs/12f_tokenizer_genius.ipynb #0428f663
+# %% ../../nbs/12f_tokenizer_genius.ipynb #e4e0d979
 class GENIUS(Base):
     "Combiner, a level of modality and residual levels of running means (GENIUS, arXiv 2503.19868); ValueError on a setting out of range"
     kind, latent = "genius", True
@@ -172,8 +172,7 @@ class GENIUS(Base):
         temperature: float=.01,  # of the contrastive loss
         decay: float=.9,         # what a step keeps of the running means
         revive: float=.1,        # a code is dead below this share of an even load
-        steps: int=400, batch: int=256, lr: float=1e-3, weight_decay: float=.2,
-        seed: int=0, device: str="auto",
+        steps: int=400, batch: int=256, lr: float=1e-3, weight_decay: float=.2, seed: int=0, device: str="auto",
     ):
         for name, v in dict(L=L, projection=projection, hidden=hidden, batch=batch).items(): as_count(v, name)
         for name, v in dict(seed=seed, steps=steps).items(): as_count(v, name, 0)
@@ -228,7 +227,7 @@ def _pairs(x, queries, positives):
         if isinstance(part, Modal) and not any(isinstance(a, np.memmap) for a in part): modal(part, plain, name, width)
     return x, n, width, queries, positives
 
-# %% ../../nbs/12f_tokenizer_genius.ipynb #58aafd61
+# %% ../../nbs/12f_tokenizer_genius.ipynb #c4fc6859
 def _fit_genius(self, x, queries=None, positives=None, checkpoint=None) -> GENIUS:
     "Train on items (Modal, or images (N, D) or (N, V, D)) with queries (Modal, or texts (Q, D)) and the item row of each; `checkpoint` is a folder to resume from"
     x, n, width, queries, positives = _pairs(x, queries, positives)
@@ -238,6 +237,7 @@ def _fit_genius(self, x, queries=None, positives=None, checkpoint=None) -> GENIU
         self.model, self.D = was                             # a fit that fails or is stopped changes nothing
         raise
 
+# %% ../../nbs/12f_tokenizer_genius.ipynb #9e1df66f
 def _train(self, x, n, width, queries, positives, checkpoint):
     "Codebooks from k-means, then pairs, or running means alone; on checked data"
     s, dev, m, alone = self.settings, pick_device(self.device), self._build(width), queries is None

@@ -19,7 +19,7 @@ QUANTIZERS = {q.kind: q for q in (ResidualKMeans, RQVAE, ProductQuantizer, Hiera
 # %% auto #0
 __all__ = ['QUANTIZERS', 'load_quantizer']
 
-# %% ../../nbs/12i_tokenizer_load.ipynb #b3c05caf
+# %% ../../nbs/12i_tokenizer_load.ipynb #8a961658
 def load_quantizer(
     path,  # a file of `save`
 ) -> Quantizer:
@@ -28,4 +28,4 @@ def load_quantizer(
     kind = meta.pop("kind", None)
     if kind not in QUANTIZERS: raise ValueError(f"{path}: expected a quantiser's file, got kind {kind!r}")
     try: return QUANTIZERS[kind].from_arrays(arrays, meta)
-    except (KeyError, TypeError, RuntimeError, AttributeError) as e: raise ValueError(f"{path}: not a quantiser of this version ({e})") from None
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as e: raise ValueError(f"{path}: not a quantiser of this version ({e})") from None
