@@ -134,7 +134,7 @@ def made_up(ours=1., other=3., tuned=2.8, bare=.9, differ=0, error=.5, fit=2.):
     m = lambda s, **more: dict(seconds=[s, s * 1.1, s * 1.2], **more)
     return dict(fit={OURS: fit, 'a': 3., 'b': 1.}, methods={
         OURS: m(ours, group='ours', differ=differ, error=error, fit=OURS), 'slow': m(other + 1, group='others', error=.5, fit='a'),
-        'fast': m(other, group='others', error=.6, fit='b'), f'a, {bench.TABLES}': m(tuned, group='others', error=.7, fit='a'), 'numpy': m(bare * 2, group='fp32'), 'oneDNN': m(bare, group='fp32'), 'half': m(bare / 9, group='bf16')})
+        'fast': m(other, group='others', error=.6, fit='b'), f'a, {bench.BLOCKS}': m(tuned, group='others', error=.7, fit='a'), 'numpy': m(bare * 2, group='fp32'), 'oneDNN': m(bare, group='fp32'), 'half': m(bare / 9, group='bf16')})
 
 
 @pytest.mark.parametrize('kw, holds', [
@@ -145,7 +145,7 @@ def test_each_bar_can_fail(kw, holds):
     found = verdicts(made_up(**kw))
     assert [v[-1] for v in found] == holds and [v[3] for v in found] == [BARS['others'], *BARS.values()]
     rivals = [v[1] for v in found]
-    assert rivals[0] == 'fast' and rivals[1] in ('fast', f'a, {bench.TABLES}') and rivals[2:] == ['oneDNN', PLAIN, 'slow', 'slow']
+    assert rivals[0] == 'fast' and rivals[1] in ('fast', f'a, {bench.BLOCKS}') and rivals[2:] == ['oneDNN', PLAIN, 'slow', 'slow']
     r = found[0][2]
     assert np.isclose(r.value, kw.get('other', 3.)) and r.low <= r.value <= r.high
 
@@ -174,7 +174,7 @@ def test_quick_runs_every_method(tmp_path, monkeypatch):
     m = found['methods']
     assert m[OURS]['differ'] == m[PLAIN]['differ'] == m[LEVELS]['differ'] == 0 and m[PLAIN]['error'] == m[OURS]['error']
     assert 0 < m[f'{OURS}, beam 5']['error'] <= m[OURS]['error'] + 1e-6 and m[f'{OURS}, bf16']['codes'] > .9
-    assert {f'{RQ}, beam {b}{t}' for b in (1, 5) for t in ('', ', look-up tables')} < set(m) and all(0 <= v['recall'] <= 1 for v in m.values() if 'recall' in v)
+    assert {f'{RQ}, beam {b}{t}' for b in (1, 5) for t in ('', ', best blocks', ', look-up tables, best blocks')} < set(m) and all(0 <= v['recall'] <= 1 for v in m.values() if 'recall' in v)
     assert not list(tmp_path.iterdir()) and any(l.startswith('encoding time, ours over the fastest fp32 product') for l in lines)
     assert set(found['fit']) == {v['fit'] for v in m.values() if v['fit']} and all(len(v['seconds']) == 2 for v in m.values())
 
