@@ -174,3 +174,9 @@ def test_bad_vocabularies_and_look_ups(make, says):
 @pytest.mark.parametrize('text', ['', '<a0>', '<a0><b3>', '<b0><a0>', '<a0><b0><c0>', '<a0> <b0>', '<a00><b0>', '<a-1><b0>', '<a0><b9999999999>', '<a0><b\u0661>', 'a0b0', '<a0><b0>\n'])
 def test_text_that_is_no_id(text):
     with pytest.raises(ValueError, match='texts: expected codes such as <a2><b2>'): Vocabulary((3, 3)).parse([text])
+
+
+def test_views_are_spelled_one_row_an_id():
+    v = Vocabulary((4, 4))
+    with pytest.raises(ValueError, match='one row an ID'): v.spell(np.zeros((2, 3, 2), int))
+    assert v.spell(np.zeros((1, 2), int)) == ['<a0><b0>']

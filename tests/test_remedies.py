@@ -254,7 +254,7 @@ def test_bad_rows_and_codebooks(f):
     for x, b, says in [(np.full((2, 3), np.nan), books, 'x: expected finite'), (np.ones((2, 4)), books, 'x: expected width 3, got 4'), (np.ones((2, 3)), [], 'codebooks: expected at least one level'),
                        (np.ones((2, 3)), [np.ones((2, 3)), np.ones((2, 4))], 'codebooks: expected width 3, got 4'), (np.ones((2, 3)), [np.ones(3)], 'codebooks: expected float numbers of shape|codebooks: expected shape'),
                        (np.ones((2, 3)), [np.full((2, 3), np.inf)], 'codebooks: expected finite'), (np.ones((2, 3)), [np.ones((0, 3))], 'at least one codeword'),
-                       (np.ones((2, 3)), Latent(), 'rqvae is latent'), (np.ones((2, 3)), ResidualKMeans(), 'not fitted')]:
+                       (np.ones((2, 3)), Latent(), 'rqvae has no codewords that add up'), (np.ones((2, 3)), ResidualKMeans(), 'not fitted')]:
         with pytest.raises(ValueError, match=says): f(x, b)
 
 

@@ -188,7 +188,7 @@ def _coders(name, made):
         return [_coder(name + tail, "others", _rq_coder(made, beam, tables), name, made) for tables, tail in ((False, ""), (True, f", {TABLES}"))]
     return [_coder(name, "others", (_vq_coder if name == VQ else _levels_coder)(made), name, made)]
 
-# %% ../../nbs/22c_bench_tokenizer.ipynb #1c15a75e
+# %% ../../nbs/22c_bench_tokenizer.ipynb #72a7d3b2
 def _products(books):
     "(name, precision, block → product) of every library present"
     C = np.concatenate(books)
@@ -210,6 +210,7 @@ def _products(books):
     half = W.bfloat16()
     return out + [("torch", "bf16", lambda a: torch.from_numpy(a).bfloat16() @ half.T)]
 
+# %% ../../nbs/22c_bench_tokenizer.ipynb #06d6ebcf
 @torch.inference_mode()
 def _bare(x, books):
     "Each bare product as a coder that gives no codes, at its best block"

@@ -200,11 +200,12 @@ def _meaning(self,
 
 Vocabulary.tokens, Vocabulary.codes, Vocabulary.meaning = _tokens_of, _codes_of, _meaning
 
-# %% ../../nbs/13_ids_make.ipynb #ad2a030f
+# %% ../../nbs/13_ids_make.ipynb #81cca844
 def _spell(self,
     codes,           # int (N, L)
 ) -> list:           # N strings
-    "IDs as text: `<a2><b0>…`"
+    "IDs as text: `<a2><b0>…`; ValueError for codes that are not (N, L)"
+    if np.ndim(codes) != 2: raise ValueError(f"codes: expected shape (N, {len(self.sizes)}), one row an ID, got {np.shape(codes)}")
     c = self.codes(self.tokens(codes)).tolist()
     return ["".join(f"<{letter}{v}>" for letter, v in zip(self.letters, row)) for row in c]
 

@@ -45,10 +45,10 @@ def _paths(dots, gram, half, offsets, W, codes, scores):     # (B, S), (S, S), (
             left, kept, live = kept, left, n
         codes[b, :live], scores[b, :live] = path[:live], have[:live]
 
-# %% ../../nbs/12a_tokenizer_paths.ipynb #bd8c2143
+# %% ../../nbs/12a_tokenizer_paths.ipynb #0b7322bc
 def _books(q):
     "Codebooks of an additive quantiser, or of a list of them; ValueError for a latent or unfitted quantiser"
-    if getattr(q, "latent", False): raise ValueError(f"codebooks: {q.kind} is latent; pass its encoder's outputs as rows and its .codebooks as a list")
+    if getattr(q, "latent", False): raise ValueError(f"codebooks: {q.kind} has no codewords that add up to items; where it has an encoder, pass its outputs as rows and, as a list, the codebooks of the levels that may change")
     books = q.fitted().codebooks if hasattr(q, "fitted") else list(q)
     if not len(books): raise ValueError("codebooks: expected at least one level, got none")
     books = [as_vectors(b, "codebooks", width=np.shape(books[0])[-1] if np.ndim(books[0]) else None) for b in books]
