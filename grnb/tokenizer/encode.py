@@ -11,8 +11,8 @@ import numba, numpy as np, torch
 from ..core import as_count, as_vectors, fast_bf16, in_threads, pick_device, progress, rng, save_arrays
 
 # %% auto #0
-__all__ = ['Quantizer', 'Base', 'flat', 'rows_of', 'check_codes', 'code_dtype', 'stored_books', 'batches', 'sample_rows', 'stack',
-           'ResidualEncoder', 'residual_encode']
+__all__ = ['Quantizer', 'Base', 'flat', 'rows_of', 'check_codes', 'level_sizes', 'code_dtype', 'stored_books', 'batches',
+           'sample_rows', 'stack', 'ResidualEncoder', 'residual_encode']
 
 # %% ../../nbs/12_tokenizer_encode.ipynb #6d1a1683
 class Quantizer(Protocol):
@@ -46,7 +46,7 @@ class Base:
         arrays, settings = self.fitted().arrays()
         save_arrays(path, arrays, dict(kind=self.kind, **settings))
 
-# %% ../../nbs/12_tokenizer_encode.ipynb #15cf4e3f
+# %% ../../nbs/12_tokenizer_encode.ipynb #024e932c
 def flat(
     x,                     # (N, D) or (N, V, D)
     name: str="items",     # the argument's name, for the error
@@ -66,6 +66,7 @@ def rows_of(
     as_vectors(x[:0], name, (2, 3), width)
     return x.reshape(-1, x.shape[-1]), x.shape[:-1]
 
+# %% ../../nbs/12_tokenizer_encode.ipynb #55c42b11
 def check_codes(
     codes,         # (N, L) integers
     sizes: tuple,  # codes each level may use
@@ -76,6 +77,15 @@ def check_codes(
         raise ValueError(f"codes: expected integers (N, {len(sizes)}), got {c.dtype} {c.shape}")
     if len(c) and ((c < 0) | (c >= np.array(sizes))).any(): raise ValueError(f"codes: expected values below {list(sizes)}, got up to {c.max(0).tolist()}")
     return c.astype(np.int64)
+
+def level_sizes(
+    K,        # codes a level: one number, or a list of one for each level
+    L: int,   # levels
+) -> tuple:   # L numbers
+    "Codes of every level; ValueError where they are not L counts"
+    sizes = tuple(as_count(k, "K") for k in K) if isinstance(K, (list, tuple)) else (as_count(K, "K"),) * as_count(L, "L")
+    if len(sizes) != L: raise ValueError(f"K: expected one number or {L}, got {len(sizes)}")
+    return sizes
 
 def code_dtype(
     sizes: tuple,  # codes each level may use
@@ -95,29 +105,34 @@ def stored_books(
         raise KeyError(f"codebooks {[b.shape for b in books]} for {list(K)} codes a level")
     return books
 
-# %% ../../nbs/12_tokenizer_encode.ipynb #64103ddf
+# %% ../../nbs/12_tokenizer_encode.ipynb #7875664f
 def _place(x):
     "File and byte offset of a C-ordered, unmodified memory map (N, D); None for any other array"
     if not isinstance(x, np.memmap) or x.mode not in ("r", "r+") or x.filename is None or not x.flags.c_contiguous or not x.size: return None
     begins = np.frombuffer(x._mmap, np.uint8).ctypes.data
     place = x.filename, x.offset - x.offset % mmap.ALLOCATIONGRANULARITY + x.ctypes.data - begins
-    try: return place if _read(x, place, 0).tobytes() == x[:1].tobytes() else None          # the name may stand for another file by now
+    try: return place if _read(x, place, [0]).tobytes() == x[:1].tobytes() else None          # the name may stand for another file by now
     except (OSError, ValueError): return None
 
 def _read(x, place, rows):
-    "Rows (a slice, or sorted row numbers) of a memory map as a new array, read from its file"
-    width = x.dtype.itemsize * x.shape[-1]
-    lo = rows.start if isinstance(rows, slice) else int(rows)
-    n = rows.stop - lo if isinstance(rows, slice) else 1
-    out = np.empty((n, x.shape[-1]), x.dtype)
+    "Rows (a slice, or row numbers) of a memory map as a new array, read from its file"
+    runs = [(rows.start, rows.stop - rows.start)] if isinstance(rows, slice) else [(int(i), 1) for i in rows]
+    out, at = np.empty((sum(n for _, n in runs), x.shape[-1]), x.dtype), 0
     with open(place[0], "rb", buffering=0) as f:
-        f.seek(place[1] + lo * width)
-        view, got = memoryview(out.view(np.uint8).reshape(-1)), 0
-        while got < len(view):
-            step = f.readinto(view[got:])
-            if not step: raise ValueError(f"items: {place[0]} ends before row {lo + n}")
-            got += step
+        for lo, n in runs:
+            f.seek(place[1] + lo * x.dtype.itemsize * x.shape[-1])
+            view, got = memoryview(out[at:at + n].view(np.uint8).reshape(-1)), 0
+            while got < len(view):
+                step = f.readinto(view[got:])
+                if not step: raise ValueError(f"items: {place[0]} ends before row {lo + n}")
+                got += step
+            at += n
     return out
+
+def _take(x, rows, desc=""):
+    "Some rows (B,) of an array (N, D) or a memory map as a new array, in bounded memory; `desc` labels a progress bar"
+    place = _place(x)
+    return x[rows] if place is None else _read(x, place, progress(rows, desc) if desc else rows)
 
 # %% ../../nbs/12_tokenizer_encode.ipynb #32b49d09
 def batches(
@@ -143,7 +158,7 @@ def batches(
             block, ahead = ahead.result(), after and pool.submit(_read, x, place, after)
             yield c.start, check(block)
 
-# %% ../../nbs/12_tokenizer_encode.ipynb #4998caa9
+# %% ../../nbs/12_tokenizer_encode.ipynb #e1e6db53
 def sample_rows(
     x,               # (N, D) or (N, V, D) floats: an array or a memory map
     most: int,       # rows wanted at most
@@ -154,8 +169,7 @@ def sample_rows(
     x, _ = rows_of(x, name)
     if not len(x): raise ValueError(f"{name}: expected at least one vector, got none")
     if len(x) <= as_count(most, "most"): return np.concatenate([b for _, b in batches(x, name=name, batch=65536)]) if _place(x) else as_vectors(x, name)
-    pick, place = np.sort(rng(seed, "sample rows").choice(len(x), most, replace=False)), _place(x)
-    return as_vectors(np.concatenate([_read(x, place, i) for i in progress(pick, "sample")]) if place else x[pick], name)
+    return as_vectors(_take(x, np.sort(rng(seed, "sample rows").choice(len(x), most, replace=False)), "sample"), name)
 
 # %% ../../nbs/12_tokenizer_encode.ipynb #c63e1242
 def stack(
