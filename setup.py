@@ -23,7 +23,7 @@ setup(
     license=cfg['license'].upper(),
     keywords=cfg['keywords'].split(),
     packages=find_packages(include=[lib, lib + '.*']),
-    package_data={lib: ['weights/*.safetensors']},
+    package_data={lib: ['weights/*.safetensors', 'decode/*.c']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('cpu', 'gpu', 'scale', 'dev')},

@@ -233,13 +233,23 @@ def _index(args):
     print(f"indexed {s['items']:,} items under {s['ids']:,} IDs: {args.out or args.model}")
     print(f"  {s['collision_rate']:.1%} share theirs; bytes an item: " + ", ".join(f"{k} {v:.1f}" for k, v in s["bytes_per_item"].items()))
 
-# %% ../nbs/24_cli.ipynb #ddbaa3fd
+# %% ../nbs/24_cli.ipynb #9e3c1662
 def _search_all(gr, queries, block=1024, **how):
     "Search block after block, with progress"
     from grnb.retriever import Hits
     if not isinstance(queries, list): queries = unit(as_vectors(queries, "queries"), "queries")    # so that an error names the row of the file
     parts = [gr.search(queries[i:i + block], **how) for i in progress(range(0, max(1, len(queries)), block), "search")]
     return Hits(np.concatenate([p.ids for p in parts]), np.concatenate([p.scores for p in parts]))
+
+def _allowed(args, gr):
+    "The ids that a search may find, or None; a .txt holds strings, which name integers where the pool's ids are integers"
+    ids = _read(args.filter)
+    if ids is None: return None
+    if isinstance(ids, list) and gr._index.ids.dtype != object:
+        try: return np.array(ids, np.int64)
+        except (ValueError, OverflowError): raise ValueError(f"--filter: expected integers, the pool's kind of ids, in {args.filter}") from None
+    if np.ndim(ids) != 1 or np.asarray(ids).dtype.kind == "b": raise ValueError(f"--filter: expected ids, one after another, in {args.filter}; got {np.asarray(ids).dtype} of shape {np.shape(ids)}")
+    return list(ids)
 
 def _show(hits, queries):
     "Print ranked lists as query, rank, id, score"
@@ -252,7 +262,7 @@ def _judge(hits, qrels, k):
     r = ranks(hits.ids, qrels)
     print(f"{len(r):,} queries: " + ", ".join(f"R@{n} {recall(r, n).mean():.3f}" for n in sorted({1, 5, 10, k}) if n <= k) + f", MRR@{k} {mrr(r, k).mean():.3f}")
 
-# %% ../nbs/24_cli.ipynb #f3f73095
+# %% ../nbs/24_cli.ipynb #437bc3ba
 @_command(
     _arg("--model", required=True, help="folder of an indexed model"), *_TASK, _split("test"),
     _arg("--queries", help="vectors (Q, D): .npy, .safetensors; or texts in a .txt, one a line"),
@@ -260,6 +270,7 @@ def _judge(hits, qrels, k):
     _arg("--beam", type=int, default=200, help="width of the search, in IDs (default 200)"),
     _arg("--candidates", type=int, default=50, help="items reranked (default 50)"),
     _arg("--no-rerank", action="store_true", help="order by the beam's score"),
+    _arg("--filter", help="search only these ids of the pool: integers or strings in a .npy, or strings in a .txt, one a line"),
     _arg("--device", default="auto", help="auto (default), cpu, cuda"),
     _arg("--out", help="file to write: .jsonl, .npz, or any other name for a TREC run (default: print)"),
 )
@@ -275,7 +286,7 @@ def _search(args):
         _check_mark(args, task)
         asked = task.asked(args.split)
         queries = [task.texts[q] for q in asked] if gr._fitted.facts["query_width"] is None else task.queries[asked]
-    hits = _search_all(gr, queries, k=args.k, beam=args.beam, candidates=args.candidates, rerank=not args.no_rerank)
+    hits = _search_all(gr, queries, k=args.k, beam=args.beam, candidates=args.candidates, rerank=not args.no_rerank, filter=_allowed(args, gr))
     names = np.arange(len(queries)) if task is None else asked
     if args.out: write_hits(args.out, hits, names)
     elif task is None: _show(hits, names)
@@ -303,21 +314,22 @@ def _data(args):
     if args.out: _write_task(task, args.out)
     print(task)
 
-# %% ../nbs/24_cli.ipynb #1492e85b
+# %% ../nbs/24_cli.ipynb #af431034
 _FIGURES = _arg("--figures", default="figures", help="folder of results/, tables/ and figures (default figures)")
 
-_BENCHES = dict(latency=("sizes", "data"), tokenizer=("n", "data"), disk=("n",))   # bench → the settings it takes
+_BENCHES = dict(latency=("sizes", "data", "seed"), tokenizer=("n", "data", "seed"), disk=("n", "seed"), trie=("sizes", "seed"), decoder=("sizes", "seed"),
+                ann=("n", "data"), protocols=("sizes", "seed"))   # bench → the settings it takes
 
 @_command(
-    _arg("what", nargs="*", default=["latency"], metavar="WHAT", help="latency (default), tokenizer, disk; several run one after the other"),
-    _arg("--sizes", type=int, nargs="+", help="latency: pool sizes (default 1000 10000 100000 1000000)"),
-    _arg("--n", type=int, help="tokenizer: items of each kind (default 100000); disk: rows of the file (default 10000000, 20 GB while it runs)"),
-    _arg("--data", nargs="+", help="latency: events (default), clustered, many or ood; tokenizer: some of clustered, many, ood (default all)"),
+    _arg("what", nargs="*", default=["latency"], metavar="WHAT", help="latency (default), trie, decoder, ann, protocols, tokenizer, disk; several run one after the other"),
+    _arg("--sizes", type=int, nargs="+", help="latency, trie, decoder, protocols: pool sizes (latency: default 1000 10000 100000 1000000)"),
+    _arg("--n", type=int, help="tokenizer: items of each kind (default 100000); ann: the same (default 1000000); disk: rows of the file (default 10000000, 20 GB while it runs)"),
+    _arg("--data", nargs="+", help="latency: events (default), clustered, many or ood; tokenizer, ann: some of clustered, many, ood, ann also flickr8k (default all)"),
     _arg("--quick", action="store_true", help="little data; prints, but stores nothing"),
     _arg("--seed", type=int, default=0, help="(default 0)"), _FIGURES,
 )
 def _bench(args):
-    "Measure search against pool size, quantisers beside other libraries, or encoding from disk; resumes after a kill"
+    "Measure search against pool size, the trie, decoding, other indexes, papers' protocols, quantisers, or encoding from disk; resumes after a kill"
     from importlib import import_module
     for what in args.what:
         if what not in _BENCHES: raise ValueError(f"bench: expected one of {', '.join(_BENCHES)}, got {what!r}")
@@ -326,9 +338,9 @@ def _bench(args):
     if "latency" in args.what and len(args.data or [""]) > 1: raise ValueError(f"--data: latency takes one, got {' '.join(args.data)}")
     for what in args.what:
         settings = {flag: getattr(args, flag) for flag in _BENCHES[what] if getattr(args, flag) is not None}
-        if "data" in settings: settings |= dict(data=args.data[0]) if what == "latency" else dict(kinds=tuple(settings.pop("data")))
+        if "data" in settings: settings |= dict(data=args.data[0]) if what == "latency" else dict(kinds=tuple(settings.pop("data"))) if what == "tokenizer" else {}
         run = getattr(import_module(f"grnb.bench.{what}"), f"bench_{what}")
-        run(**settings, seed=args.seed, folder=None if args.quick else Path(args.figures)/"results", quick=args.quick)
+        run(**settings, folder=None if args.quick else Path(args.figures)/"results", quick=args.quick)
 
 @_command(_FIGURES)
 def _report(args):

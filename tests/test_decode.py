@@ -1,10 +1,16 @@
 "beam search and expansion against level-by-level and exhaustive references in numpy"
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from grnb.decode.beam import FreeCodes, beam_search, exhaustive, expand
-from grnb.generator import FrozenPrefix, PrefixGenerator, StrongForm, T5Generator, take
+from concurrent.futures import ThreadPoolExecutor
+from grnb.decode.beam import FreeCodes, batch_for, beam_search, diverse_search, exhaustive
+from grnb.decode.expand import expand
+from grnb.generator.frozen import FrozenPrefix
+from grnb.generator.frozen_t5 import FrozenT5
+from grnb.generator.prefix import PrefixGenerator
+from grnb.generator.strong import StrongForm, take
+from grnb.generator.t5 import T5Generator
 from grnb.ids.make import SemanticIDs
-from grnb.trie import Trie
+from grnb.trie.layout import Trie
 
 torch.set_num_threads(1)
 
@@ -135,7 +141,7 @@ def test_geometry_at_step_0_is_residual_quantised_search_bit_for_bit(width):
     x, books, codes, trie, queries = world()
     net = PrefixGenerator(12, codebooks=books, d_model=32, n_heads=4, seed=3)
     want, values = beam_search(StrongForm(books), queries, trie, width)
-    for model in (net, FrozenPrefix(net), FrozenPrefix(net, bf16=True)):
+    for model in (net, FrozenPrefix(net), FrozenPrefix(net, "bf16")):
         leaves, scores = beam_search(model, queries, trie, width)
         assert (leaves == want).all() and (scores == 16 * values).all()
     assert net.training                                                 # as it was before the searches
@@ -181,11 +187,117 @@ def test_no_queries_and_bad_arguments():
     for call, says in ((lambda: beam_search(strong, queries, trie, 0), "beam: expected at least 1"),
                        (lambda: beam_search(strong, queries, trie, 2.5), "beam: expected a whole number"),
                        (lambda: beam_search(strong, queries, trie, 2, 0), "batch_size"),
-                       (lambda: beam_search(strong, queries[:, :4], trie, 2), r"queries: expected \(B, 12\), got \(16, 4\)"),
+                       (lambda: beam_search(strong, queries[:, :4], trie, 2), r"queries: expected \(B, 12\), got \(20, 4\)"),
                        (lambda: beam_search(StrongForm(books[:2]), queries, trie, 2), "trie: expected levels"),
                        (lambda: expand(np.zeros((1, 2), int), np.zeros((1, 3)), trie, 2), "leaves: expected"),
                        (lambda: expand(np.full((1, 2), len(trie)), np.zeros((1, 2)), trie, 2), "leaves: expected values below"),
                        (lambda: expand(np.zeros((1, 2), int), np.zeros((1, 2)), trie, 0), "candidates: expected at least 1")):
+        with pytest.raises(ValueError, match=says): call()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 70), st.integers(1, 90), st.integers(0, 9999))
+def test_free_codes_select_the_best_extensions(B, W, K, width, seed):
+    "Small whole numbers, so ties abound: lower beam, then lower code"
+    g = np.random.default_rng(seed)
+    free, scores, steps = FreeCodes((K,)), g.integers(-2, 3, (B, W)).astype(np.float32), g.integers(-3, 3, (B, W, K)).astype(np.float32)
+    scores[g.random((B, W)) < 0.2] = -np.inf
+    beams = free.root(B, "cpu")._replace(scores=torch.from_numpy(scores))
+    out = free.advance(beams, torch.from_numpy(steps), 0, width)
+    total = (scores[..., None] + steps).reshape(B, -1)
+    for b in range(B):
+        order = np.argsort(-total[b], kind="stable")[:width]
+        order = order[total[b][order] > -np.inf]
+        n = len(order)
+        assert out.scores[b, :n].tolist() == total[b][order].tolist() and (out.scores[b, n:] == -np.inf).all()
+        assert (out.parent[b, :n] * K + out.code[b, :n]).tolist() == order.tolist()
+
+
+def snapshots(init="geometry", precision="fp32", L=3):
+    "A prefix generator's and a T5's snapshot over one trie, with queries for each"
+    x, books, codes, trie, queries = world(N=600, L=L)
+    net = PrefixGenerator(12, codebooks=books, init=init, d_model=32, n_heads=4)
+    t5 = T5Generator(dict(vocab_size=30, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_decoder_layers=2, num_heads=4), codebooks=books, init=init).eval()
+    for m in (net, t5):
+        for p in m.parameters(): p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    g = np.random.default_rng(0)
+    asked = g.normal(size=(300, 12)).astype(np.float32)
+    words = g.integers(2, 30, (300, 5)), (np.arange(5) < g.integers(2, 6, (300, 1))).astype(int)
+    return trie, ((FrozenPrefix(net.eval(), precision), asked), (FrozenT5(t5, precision), words))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("init", ["geometry", "random"])
+def test_results_do_not_depend_on_the_batch(init, which):
+    trie, pairs = snapshots(init)
+    model, queries = pairs[which]
+    want, values = beam_search(model, queries, trie, 20, 1)
+    for batch in (7, 300, None):
+        leaves, scores = beam_search(model, queries, trie, 20, batch)
+        assert np.allclose(scores, values, atol=1e-4) and (leaves != want).mean() < 1e-3          # where they differ, scores tie up to rounding
+
+
+def test_the_batch_is_chosen_by_memory():
+    trie, ((model, queries), _) = snapshots()
+    sizes = [batch_for(model, W) for W in (1, 10, 50, 200, 1000, 10 ** 5)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 256 and sizes[-1] == 1
+    assert batch_for(model, 10, limit=1) == 1 and model.bytes_a_query(100) > 50 * model.bytes_a_query(1, memory=0) and batch_for(StrongForm([np.ones((4, 2))]), 1000) == 4
+    leaves, scores = beam_search(model, queries[:20], trie, 2000)       # wider than the trie
+    assert (np.sort(leaves, 1)[:, -len(trie):] == np.arange(len(trie))).all() and (leaves[:, len(trie):] == -1).all()
+    greedy = beam_search(model, queries[:20], trie, 1)
+    assert greedy[0].shape == (20, 1) and (greedy[1][:, 0] <= scores[:, 0] + 1e-4).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_many_threads_share_a_snapshot(precision):
+    "16 threads, different queries and beams, one engine: each gets what it gets alone"
+    trie, pairs = snapshots(precision=precision)
+    jobs = [(model, tuple(t[i:i + 3] for t in q) if isinstance(q, tuple) else q[i:i + 3], W) for i, W in zip(range(0, 48, 3), (1, 5, 20, 50) * 4) for model, q in pairs]
+    alone = [beam_search(m, q, trie, W) for m, q, W in jobs]
+    with ThreadPoolExecutor(16) as pool:
+        for again in range(2):
+            for (a, b), (c, d) in zip(alone, pool.map(lambda j: beam_search(j[0], j[1], trie, j[2]), jobs)): assert (a == c).all() and (b == d).all()
+
+
+def slow_diverse(table, query, codes, W, G, penalty):
+    "Groups one after the other, prefix by prefix"
+    groups, n = [[((), 0.)] for _ in range(G)], W // G
+    for level in range(codes.shape[1]):
+        taken = np.zeros(table.sizes[level])
+        for g in range(G):
+            grown = []
+            for prefix, total in groups[g]:
+                below = np.flatnonzero((codes[:, :level] == np.array(prefix, int).reshape(1, -1)).all(1)) if level else np.arange(len(codes))
+                steps = table.steps(query, prefix)
+                for c in np.unique(codes[below, level]): grown.append((-(total + steps[c] - penalty * taken[c]), below[codes[below, level] == c][0], (*prefix, int(c)), total + steps[c]))
+            grown.sort(key=lambda t: t[:2])
+            groups[g] = [(p, s) for _, _, p, s in grown[:n]]
+            for p, _ in groups[g]: taken[p[-1]] += 1
+    leaf, best = {tuple(c): i for i, c in enumerate(codes.tolist())}, {}
+    for p, s in sum(groups, []): best[leaf[p]] = max(s, best.get(leaf[p], -np.inf))
+    return sorted(best.items(), key=lambda t: (-t[1], t[0]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(pools(), st.integers(1, 4), st.integers(1, 6), st.sampled_from([0., 1., 2.5]))
+def test_groups_equal_the_slow_reference(pool, G, each, penalty):
+    trie, _ = pool
+    table, queries = Table(trie.sizes), np.arange(3)[:, None]
+    leaves, scores = diverse_search(table, queries, trie, G * each, G, penalty, batch_size=2)
+    for q in range(3):
+        want = slow_diverse(table, q, np.asarray(trie.codes).astype(int), G * each, G, penalty)
+        n = len(want)
+        assert list(zip(leaves[q, :n].tolist(), scores[q, :n].tolist())) == want
+        assert (leaves[q, n:] == -1).all() and (scores[q, n:] == -np.inf).all()
+
+
+def test_groups_spread_and_refuse():
+    x, books, codes, trie, queries = world()
+    strong, different = StrongForm(books), lambda found: np.mean([len(set(c)) for l in found for c in trie.spell(l[l >= 0]).T])       # codes a level
+    assert different(diverse_search(strong, queries, trie, 12, 4, 1.)[0]) > different(beam_search(strong, queries, trie, 12)[0]) + 0.5
+    for call, says in ((lambda: diverse_search(strong, queries, trie, 10, 3), "groups: expected a divisor of the beam 10"),
+                       (lambda: diverse_search(strong, queries, trie, 10, 5, -1.), "penalty: expected a number"),
+                       (lambda: diverse_search(strong, queries, trie, 10, 0), "groups: expected at least 1")):
         with pytest.raises(ValueError, match=says): call()
 
 

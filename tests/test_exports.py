@@ -15,7 +15,7 @@ import pytest
 NAME = 'grnb'
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
-STAGES = ('core data metrics train features tokenizer ids trie generator decode rerank recipes retriever report bench reproduce study cli').split()
+STAGES = ('core data metrics train features tokenizer ids trie generator decode rerank recipes pool retriever report bench reproduce study cli').split()
 
 
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']

@@ -314,7 +314,7 @@ import sys, numpy as np; sys.path[:0] = [{str(Path(__file__).parent)!r}]
 from test_genius import *
 x, q, pos = world()
 np.save({str(tmp_path/"codes.npy")!r}, GENIUS(**SMALL).fit(x, q, pos).encode(x))'''
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONHASHSEED': '7'})
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONHASHSEED': '7', 'OMP_NUM_THREADS': str(torch.get_num_threads())})
     assert r.returncode == 0, r.stderr[-2000:]
     assert (np.load(tmp_path/'codes.npy') == m.encode(x)).all()
     assert not (GENIUS(**{**SMALL, 'seed': 1}).fit(x, q, pos).encode(x) == m.encode(x)).all()

@@ -320,7 +320,7 @@ import sys, numpy as np; sys.path[:0] = [{str(Path(__file__).parent)!r}]
 from test_grdr import *
 x, c, pos = world()
 np.save({str(tmp_path/"codes.npy")!r}, GRDR(**SMALL).fit(x, c, pos).encode(x))'''
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONHASHSEED': '7'})
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONHASHSEED': '7', 'OMP_NUM_THREADS': str(torch.get_num_threads())})
     assert r.returncode == 0, r.stderr[-2000:]
     assert (np.load(tmp_path/'codes.npy') == q.encode(x)).all()
     assert not (GRDR(**{**SMALL, 'seed': 1}).fit(x, c, pos).encode(x) == q.encode(x)).all()

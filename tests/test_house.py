@@ -33,7 +33,7 @@ def test_run_time_needs_no_notebook_tools():
 def test_every_imported_package_is_a_requirement():
     "What the modules import is what pip installs."
     import ast
-    known = {'sklearn': 'scikit-learn', 'pil': 'pillow', 'huggingface_hub': 'huggingface-hub', 'umap': 'umap-learn'}
+    known = {'marisa_trie': 'marisa-trie', 'sklearn': 'scikit-learn', 'pil': 'pillow', 'huggingface_hub': 'huggingface-hub', 'umap': 'umap-learn'}
     have = set.union(*(names(settings()[f'{e}requirements']) for e in ('', 'cpu_', 'scale_')))
     used = set()
     for p in (ROOT/'grnb').rglob('*.py'):
@@ -41,7 +41,7 @@ def test_every_imported_package_is_a_requirement():
             mods = [a.name for a in n.names] if isinstance(n, ast.Import) else [n.module] if isinstance(n, ast.ImportFrom) and not n.level else []
             used |= {m.split('.')[0] for m in mods}
     third = {known.get(m.lower(), m.lower().replace('_', '-')) for m in used - set(sys.stdlib_module_names) - {'grnb'}}
-    assert third - have - {'faiss', 'ray', 'vector-quantize-pytorch'} == set()
+    assert third - have - {'faiss', 'ray', 'vector-quantize-pytorch', 'marisa-trie'} == set()
 
 
 def test_constraints_pin_every_requirement():

@@ -8,11 +8,11 @@ from hypothesis import given, settings, strategies as st
 import grnb.recipes as recipes
 from grnb.core import unit
 from grnb.decode.beam import beam_search
-from grnb.generator import StrongForm
+from grnb.generator.strong import StrongForm
 from grnb.ids.make import make_ids
 from grnb.recipes import RECIPES, Recipe, as_recipe, fit_recipe, hold_out, load_fitted, save_fitted
 from grnb.tokenizer.kmeans import ResidualKMeans
-from grnb.trie import Trie
+from grnb.trie.layout import Trie
 
 TINY = Recipe(generator='prefix', K=6, L=2, d_model=16, n_layers=1, n_prefix=2, steps=4, batch=16)
 rng = np.random.default_rng(0)

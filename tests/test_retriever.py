@@ -3,6 +3,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -343,7 +346,7 @@ def mark(name):
 
 
 def test_another_process_learns_and_finds_the_same():
-    env = {**os.environ, 'PYTHONHASHSEED': '77'}
+    env = {**os.environ, 'PYTHONHASHSEED': '77', 'OMP_NUM_THREADS': str(torch.get_num_threads())}     # a seed fixes weights for one number of threads
     code = SCRIPT.format(tests=str(ROOT/'tests'), root=str(ROOT))
     r = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, env=env)
     assert r.returncode == 0, r.stderr
@@ -450,23 +453,238 @@ class Pool(RuleBasedStateMachine):
         with pytest.raises(ValueError): self.gr.add(ITEMS[:1], [taken])
         with pytest.raises(KeyError): self.gr.remove([taken, 'nowhere' if self.text else 1])
 
-    @rule(k=st.integers(1, 15), rerank=st.booleans())
-    def search(self, k, rerank):
-        q = self.g.normal(size=(2, D)).astype(np.float32)
-        hits, n = self.gr.search(q, k=k, beam=100, candidates=100, rerank=rerank), min(k, len(self.pool))
+    @rule()
+    def merge(self): self.gr.merge()
+
+    @rule(data=st.data())
+    def saved(self, data):
+        "The same bytes as a fresh index of the same items, in any order"
+        with tempfile.TemporaryDirectory() as d:
+            self.gr.save(Path(d, 'a'))
+            fresh = clone(self.gr).index(np.array([self.pool[i] for i in sorted(self.pool)] or np.zeros((0, D))), sorted(self.pool) or None)
+            fresh.save(Path(d, 'b'))
+            for p in Path(d, 'a').iterdir():
+                if self.pool: assert p.read_bytes() == Path(d, 'b', p.name).read_bytes(), p.name
+
+    @rule(k=st.integers(1, 15), rerank=st.booleans(), limit=st.sampled_from([None, 'mask', 'ids', 'name']), share=st.sampled_from([0, .2, .7]))
+    def search(self, k, rerank, limit, share):
+        q, ids = self.g.normal(size=(2, D)).astype(np.float32), sorted(self.pool)
+        mask = self.g.random(len(ids)) < share
+        pool = self.pool if limit is None else {i: self.pool[i] for i, m in zip(ids, mask) if m}
+        if limit == 'name': self.gr.name_filter('some', list(pool))
+        given = dict(mask=mask, ids=list(pool), name='some').get(limit)
+        hits, n = self.gr.search(q, k=k, beam=100, candidates=100, rerank=rerank, filter=given), min(k, len(pool))
         for row, scores, query in zip(*hits, unit(q).astype(np.float64)):
             found, s = row[:n].tolist(), scores[:n]
-            assert len(set(found)) == n and set(found) <= set(self.pool)
+            assert len(set(found)) == n and set(found) <= set(pool)
             assert (scores[n:] == -np.inf).all() and all(i in (-1, '') for i in row[n:].tolist()) and (np.diff(s) <= 0).all()
             assert all(a < b for a, b, x, y in zip(found, found[1:], s, s[1:]) if x == y)
             if not rerank or not n: continue
-            cos = {i: float(query @ (v / np.linalg.norm(v))) for i, v in self.pool.items()}
+            cos = {i: float(query @ (v / np.linalg.norm(v))) for i, v in pool.items()}
             assert np.allclose(s, sorted(cos.values(), reverse=True)[:n], atol=1e-5) and np.allclose(s, [cos[i] for i in found], atol=1e-5)
         assert self.gr.stats()['items'] == len(self.pool)
 
 
 Pool.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck))
 TestPool = Pool.TestCase
+
+
+# --- changes and filters
+
+def big(n=3000, seed=0, **kw):
+    "A retriever over n items, and more items to come"
+    g = np.random.default_rng(seed)
+    return clone(one('baseline')).index(unit(g.normal(size=(n, D)).astype(np.float32)), np.arange(n) * 10, **kw), unit(g.normal(size=(4000, D)).astype(np.float32))
+
+
+def everything(gr, n): return gr.search(QUERIES, k=n, beam=9999, candidates=9999)
+
+
+def test_a_merge_begins_by_itself_and_changes_nothing_that_is_found():
+    gr, more = big()
+    gr.add(more[:900], np.arange(900) * 10 + 5)
+    assert gr._index.changed and gr._changes.merge is None
+    want = everything(gr.remove(np.arange(100) * 10), 50)
+    gr.add(more[900:1000], np.arange(100) * 10 + 7)                                # 1,100 changes: more than 1,024
+    assert gr._changes.merge is not None or not gr._index.changed
+    assert not gr.merge()._index.changed and gr._index.items == 3900 == gr.stats()['items']
+    got = everything(gr.remove(np.arange(100) * 10 + 7), 50)
+    assert (got.ids == want.ids).all() and np.allclose(got.scores, want.scores, atol=1e-6)
+
+
+def test_changes_during_a_merge_are_made_again(monkeypatch):
+    import grnb.retriever as module
+    go, inside = threading.Event(), threading.Event()
+    slow = lambda pool, merge=module.merge_pool: (inside.set(), go.wait(30), merge(pool))[-1]
+    monkeypatch.setattr(module, 'merge_pool', slow)
+    gr, more = big()
+    gr.add(more[:1100], np.arange(1100) * 10 + 5)
+    inside.wait(30)
+    gr.add(more[1100:1110], np.arange(10) * 10 + 1).remove([0, 5, 10, 1]).name_filter('few', [11, 15, 20]).add(more[:1], [0])
+    before, few = everything(gr, 30), gr.search(QUERIES, k=5, filter='few')
+    go.set()
+    gr.merge()
+    after = everything(gr, 30)
+    assert (after.ids == before.ids).all() and gr._index.items == 3000 + 1110 - 4 + 1 and not gr._index.changed
+    assert (gr.search(QUERIES, k=5, filter='few').ids == few.ids).all() and (np.sort(few.ids, 1)[:, -3:] == [11, 15, 20]).all()
+
+
+def test_what_ends_a_merge_is_warned_of_once_and_the_pool_stays(monkeypatch):
+    import grnb.retriever as module
+    gr, more = big()
+    tries = []
+    def fails(pool): tries.append(1); raise MemoryError('no room')
+    def add(a, b):
+        gr.add(more[a:b], np.arange(a, b) * 10 + 5)
+        for t in threading.enumerate(): t.name == 'grnb merge' and t.join()
+    monkeypatch.setattr(module, 'merge_pool', fails)
+    add(0, 1100)
+    with pytest.warns(RuntimeWarning, match='merging the pool in the background failed.*no room') as w: got = gr.search(QUERIES)
+    assert len(w) == 1 and w[0].filename == __file__ and got.ids.shape == (60, 10) and gr._index.items == 4100 and len(tries) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')                                             # said once
+        want = everything(gr, 20)
+        add(1100, 2200)                                                            # 2,200 changes are not more than twice 1,100
+        assert len(tries) == 1 and gr._index.items == 5200
+        with pytest.raises(RuntimeError, match='merging the pool failed') as e: gr.merge()
+        assert isinstance(e.value.__cause__, MemoryError) and len(tries) == 2
+        everything(gr, 20)                                                         # merge has said it
+        add(2200, 2300)
+        assert len(tries) == 2 and gr._changes.failed == 2200
+        want = everything(gr, 20)
+        monkeypatch.undo()
+        assert (everything(gr.merge(), 20).ids == want.ids).all() and gr._changes.failed == 0
+
+
+def test_a_failed_merge_is_tried_again_when_changes_have_doubled(monkeypatch):
+    import grnb.retriever as module
+    gr, more = big()
+    tries = []
+    def fails(pool): tries.append(1); raise MemoryError('no room')
+    monkeypatch.setattr(module, 'merge_pool', fails)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for a, b, n in ((0, 1100, 1), (1100, 2200, 1), (2200, 2210, 2), (2210, 3900, 2)):
+            gr.add(more[a:b], np.arange(a, b) * 10 + 5)
+            for t in threading.enumerate(): t.name == 'grnb merge' and t.join()
+            assert len(tries) == n
+
+
+def test_a_new_index_ends_a_merge(monkeypatch):
+    import grnb.retriever as module
+    go = threading.Event()
+    monkeypatch.setattr(module, 'merge_pool', lambda pool, merge=module.merge_pool: (go.wait(30), merge(pool))[-1])
+    gr, more = big()
+    gr.add(more[:1100], np.arange(1100) * 10 + 5)
+    task = gr._changes.merge
+    gr.index(ITEMS)
+    go.set(); task.join()
+    assert gr._index.items == N and not gr._index.changed and gr.search(QUERIES, k=50).ids.max() == N - 1
+
+
+def test_ties_go_to_the_lower_id_among_old_and_new():
+    gr = clone(one('baseline')).index(np.tile(ITEMS[:1], (5, 1)), [10, 20, 30, 40, 50])
+    gr.add(np.tile(ITEMS[:1], (4, 1)), [25, 5, 60, 26]).remove([30])
+    for kw in (dict(), dict(rerank=False), dict(candidates=4), dict(filter=[60, 26, 5, 40])):
+        ids = gr.search(QUERIES[:2], k=4, **kw).ids
+        assert (ids == ([5, 26, 40, 60] if 'filter' in kw else [5, 10, 20, 25])).all(), kw
+    assert (gr.merge().search(QUERIES[:2], k=4).ids == [5, 10, 20, 25]).all()
+
+
+@pytest.mark.parametrize('which, error, says', [
+    ('nothing', KeyError, "'nothing' is not the name"), ([1], KeyError, '1 is not in the pool'), (['0'], KeyError, "'0' is not in the pool"), (np.ones(N - 1, bool), ValueError, f'a mask of {N} items'),
+    ([True] * 3, ValueError, 'a mask of'), (np.ones((N, 1), bool), ValueError, 'a mask of'), ([0, 0], ValueError, 'each id once'), ([.5], ValueError, 'filter'), (3, ValueError, 'filter'), ([None], ValueError, 'filter'),
+    (b'ab', ValueError, 'filter'), ([[0]], ValueError, 'filter'),
+])
+def test_bad_filters(gr, which, error, says):
+    refuses(gr, lambda g: g.search(QUERIES, filter=which), says, error)
+    if not isinstance(which, str): refuses(gr, lambda g: g.name_filter('a', which), says, error)
+
+
+def test_named_filters(gr):
+    for name in ('', None, 3): refuses(gr, lambda g: g.name_filter(name, [0]), 'name')
+    refuses(gr, lambda g: g.name_filter('a', 'b'), 'which')
+    g = clone(gr).index(ITEMS, np.arange(N) * 2).name_filter('low', np.arange(N) < 5).name_filter('one', [8])
+    found = lambda name: sorted(i for i in g.search(QUERIES[:1], k=N, filter=name).ids[0].tolist() if i >= 0)
+    assert found('low') == [0, 2, 4, 6, 8] and found('one') == [8] and found([]) == []
+    g.add(ITEMS[:2], [1, 3]).remove([2])                                           # what comes later is outside
+    assert found('low') == [0, 4, 6, 8]
+    g.name_filter('low', [1, 4]).merge()
+    assert found('low') == [1, 4] and found('one') == [8]
+    g.remove([8]).name_filter('low', None)
+    assert found('one') == [] and list(g._index.filters) == ['one']
+    g.remove(g._index.ids[g._index.rows] if not g._index.new else [0]).add(ITEMS[:1], [8])
+    assert found('one') == []                                                      # a new item of an old id is new
+
+
+@pytest.mark.parametrize('mode', ['unique', 'bucket'])
+def test_either_kind_of_id_may_change(mode):
+    g = GenerativeRetriever(Recipe(K=4, L=2, ids=mode), device='cpu').fit(ITEMS).index(ITEMS[:20], np.arange(20))
+    g.name_filter('old', [1, 2, 3]).add(ITEMS[20:], np.arange(20, N)).remove([3, 25])
+    fresh = clone(g).index(np.delete(ITEMS, [3, 25], 0), np.delete(np.arange(N), [3, 25]))
+    assert (g.search(QUERIES, k=50).ids == fresh.search(QUERIES, k=50).ids).all()
+    assert set(g.search(QUERIES[:1], k=9, filter='old').ids[0].tolist()) == {1, 2, -1}
+
+
+def test_half_precision_and_mapped_vectors(tmp_path):
+    "Vectors of a large pool may be fp16 and on disk; changes and merges leave them there"
+    import grnb.pool as module
+    g = clone(one('baseline')).index(ITEMS, np.arange(N))
+    np.save(tmp_path/'v.npy', g._index.vectors.astype(np.float16))
+    mapped = module.make_pool(g._fitted, g._index.ids, np.load(tmp_path/'v.npy', mmap_mode='r'), g._index.codes)
+    g._index = mapped
+    g.add(ITEMS[:3], [100, 101, 50]).remove([7])
+    want = g.search(QUERIES, k=12)
+    cos = unit(QUERIES) @ unit(np.r_[np.delete(ITEMS, 7, 0), ITEMS[:3]]).T
+    assert np.allclose(want.scores, -np.sort(-cos, 1)[:, :12], atol=2e-3) and g._index.vectors.base is mapped.vectors
+    slots = module._taken(g._index.vectors, g._index.rows, most=0)
+    assert isinstance(slots, module.Vectors) and slots.base is mapped.vectors and (slots[np.arange(3)] == g._index.vectors[g._index.rows[:3]]).all()
+    assert (g.merge().search(QUERIES, k=12).ids == want.ids).all() and g._index.vectors.dtype == np.float16
+
+
+def test_a_search_takes_no_lock():
+    "While a change holds the lock, searches go on"
+    g, done = made('baseline'), []
+    with g._changes.lock:
+        t = threading.Thread(target=lambda: done.append(g.search(QUERIES[:2], k=3)), daemon=True)
+        t.start(); t.join(20)
+        assert len(done) == 1
+
+
+def test_parts_and_pool_belong_together():
+    "Between the two halves of a fit a search sees the parts its pool was made with; an index under way does not survive a fit"
+    import grnb.retriever as module
+    g, other = clone(one('baseline')), GenerativeRetriever(Recipe(K=4, L=3), device='cpu').fit(ITEMS[:, :5])
+    pool, want = g._index, g.search(QUERIES, k=5)
+    g._fitted = other._fitted                                                      # as far as a fit has come
+    assert module._need(g) == (pool.fitted, pool) and (g.search(QUERIES, k=5).ids == want.ids).all()
+    for call in (lambda: g.index(ITEMS), lambda: g.add(ITEMS[:1], [99])):
+        with pytest.raises(ValueError, match='fitted anew during the call'): call()
+    assert g._index is pool
+
+
+@pytest.mark.parametrize('name', ['baseline', 'genius'])
+@pytest.mark.parametrize('how', ['pickle', 'deepcopy'])
+def test_copies_of_every_kind(name, how):
+    import copy, pickle
+    again = (lambda g: pickle.loads(pickle.dumps(g))) if how == 'pickle' else copy.deepcopy
+    g = made(name).add(ITEMS[:3] + .1, [1, 3, 5]).remove([4, 1]).name_filter('few', [0, 3, 6])
+    c = again(g)
+    a, b = (x.search(QUERIES, k=60, beam=999, candidates=999) for x in (g, c))
+    assert (a.ids == b.ids).all() and np.allclose(a.scores, b.scores, atol=1e-6) and not c._index.changed and c._index.fitted is c._fitted is not g._fitted
+    assert (c.search(QUERIES, k=3, filter='few').ids == g.search(QUERIES, k=3, filter='few').ids).all()
+    c.add(ITEMS[:1], [99]).merge()
+    assert g._index.items == N + 1 and c._index.items == N + 2
+    empty, fresh = again(g.remove(g._index.ids[g._index.ids > 4]).remove([0, 2, 3, 5])), again(GenerativeRetriever(SMALL[name], device='cpu'))
+    assert empty._index.items == 0 and (empty.search(QUERIES, k=2, filter='few').ids == -1).all() and fresh._fitted is None and fresh._index is None
+
+
+def test_a_copy_changes_alone():
+    import copy
+    g = made('baseline')
+    c = copy.copy(g)
+    c.add(ITEMS[:1], [99]); g.add(ITEMS[1:2], [99])
+    assert c._changes.lock is not g._changes.lock and c.search(ITEMS[:1], k=2).ids[0].tolist() == [0, 99] and g.search(ITEMS[1:2], k=2).ids[0].tolist() == [2, 99]
 
 
 # --- text queries

@@ -13,41 +13,42 @@ import numpy as np
 from ..core import as_count, atomic_path, import_faiss, progress, read_json, rng, unit, write_json
 
 # %% auto #0
-__all__ = ['WIDTH', 'SUBS', 'KINDS', 'vectors', 'stored', 'piece', 'threads', 'seconds', 'quiet', 'Ratio', 'ratio',
-           'paired_ratio']
+__all__ = ['WIDTH', 'SUBS', 'KINDS', 'PARTS', 'TOP', 'vectors', 'write_vectors', 'stored', 'piece', 'threads', 'seconds', 'quiet',
+           'Ratio', 'ratio', 'paired_ratio', 'Method', 'parts_of', 'total', 'light_bytes', 'one_by_one', 'in_batches',
+           'found_of', 'crossover']
 
 # %% ../../nbs/22_bench.ipynb #fea6b422
 WIDTH, SUBS, KINDS = 512, 20, {"clustered": 2_000, "many": 50_000, "ood": 2_000}   # kind → centres
 
-# %% ../../nbs/22_bench.ipynb #dfeb6138
+# %% ../../nbs/22_bench.ipynb #8daa2732
 def _normal(n, *stream, scale=WIDTH ** -.5): return rng(*stream).standard_normal((n, WIDTH), np.float32) * np.float32(scale)
 
-def _centres(out, kind, seed, what):
+def _centres(out, centre, sub, kind, seed):
     "Fill `out` with each row's centre, and its sub-centre where the kind has them; only those of one centre are in memory"
-    n, K, subs = len(out), KINDS[kind], SUBS * (kind != "ood")
-    centre = (K * rng(seed, kind, what, "centre").random(n) ** 1.5).astype(np.int64)
-    sub, order = (SUBS * rng(seed, kind, what, "sub").random(n)).astype(np.int64), np.argsort(centre, kind="stable")
+    order, subs = np.argsort(centre, kind="stable"), SUBS * (kind != "ood")
     for rows in np.split(order, np.flatnonzero(np.diff(centre[order])) + 1):
         c = _normal(1 + subs, seed, kind, "centre", int(centre[rows[0]]))
         out[rows] = .6 * c[0]
         if subs: out[rows] += .5 * c[1 + sub[rows]]
 
-# %% ../../nbs/22_bench.ipynb #22b6fa66
-def _draw(n, kind, seed, what, more=0., block=8192):
-    "Rows of one kind before scaling to unit length, then scaled; `more` is the length of a query's extra noise"
-    out = np.empty((n, WIDTH), np.float32)
-    _centres(out, kind, seed, what)
-    A, shift = _normal(128, seed, "A"), unit(_normal(1, seed, "direction"))
-    low = .08 if kind == "ood" else .03                                          # N(0,1)₁₂₈·A is about 11 long
-    for i in progress(range(0, n, block), f"{kind} {what}"):
-        x, here = out[i:i + block], (seed, kind, what, i)
-        x += low * rng(*here, "low").standard_normal((block, 128), np.float32)[:len(x)] @ A
-        x += .3 * _normal(block, *here, "noise")[:len(x)]
-        if more: x += .3 * shift + more * _normal(block, *here, "more")[:len(x)]
-        out[i:i + block] = unit(x)
-    return out
+# %% ../../nbs/22_bench.ipynb #d7c31686
+def _draw(n, kind, seed, what, more=0., most=2 ** 17, block=8192):
+    "Rows of one kind, `most` at a time (a multiple of `block`): yields (first row, rows); `more` is the length of a query's extra noise"
+    A, shift, low = _normal(128, seed, "A"), unit(_normal(1, seed, "direction")), .08 if kind == "ood" else .03      # N(0,1)₁₂₈·A is about 11 long
+    centre = (KINDS[kind] * rng(seed, kind, what, "centre").random(n) ** 1.5).astype(np.int64)
+    sub = (SUBS * rng(seed, kind, what, "sub").random(n)).astype(np.int64)
+    for at in progress(range(0, n, most), f"{kind} {what}"):
+        out = np.empty((min(most, n - at), WIDTH), np.float32)
+        _centres(out, centre[at:at + most], sub[at:at + most], kind, seed)
+        for i in range(0, len(out), block):
+            x, here = out[i:i + block], (seed, kind, what, at + i)
+            x += low * rng(*here, "low").standard_normal((block, 128), np.float32)[:len(x)] @ A
+            x += .3 * _normal(block, *here, "noise")[:len(x)]
+            if more: x += .3 * shift + more * _normal(block, *here, "more")[:len(x)]
+            out[i:i + block] = unit(x)
+        yield at, out
 
-# %% ../../nbs/22_bench.ipynb #1360cd7e
+# %% ../../nbs/22_bench.ipynb #b8d40991
 def vectors(
     kind: str,           # clustered, many or ood
     n: int,              # items
@@ -56,7 +57,22 @@ def vectors(
 ) -> tuple[np.ndarray, np.ndarray]:  # items (n, 512) and queries (queries, 512), float32, unit rows
     "Synthetic vectors for benchmarks; ValueError for an unknown kind"
     if kind not in KINDS: raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    return _draw(as_count(n, "n"), kind, seed, "items"), _draw(as_count(queries, "queries"), kind, seed, "queries", .5 if kind == "ood" else 0.)
+    whole = lambda n, *args: next(_draw(n, kind, seed, *args, most=n))[1]
+    return whole(as_count(n, "n"), "items"), whole(as_count(queries, "queries"), "queries", .5 if kind == "ood" else 0.)
+
+def write_vectors(
+    path,                # a .npy file, written whole or not at all
+    kind: str,           # clustered, many or ood
+    n: int,              # items
+    seed: int=0,
+    dtype=np.float16,    # of the file
+):
+    "The items of `vectors` in a file, drawn a quarter of a gigabyte at a time"
+    if kind not in KINDS: raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    with atomic_path(path) as tmp:
+        out = np.lib.format.open_memmap(tmp, "w+", dtype, (as_count(n, "n"), WIDTH))
+        for i, x in _draw(n, kind, seed, "items"): out[i:i + len(x)] = x
+        out.flush()
 
 # %% ../../nbs/22_bench.ipynb #0d450a89
 def stored(
@@ -82,7 +98,7 @@ def piece(
     write_json(path, dict(mark=mark, piece=made))
     return made
 
-# %% ../../nbs/22_bench.ipynb #ff3e67be
+# %% ../../nbs/22_bench.ipynb #5c269402
 @contextmanager
 def threads(
     n: int,  # threads
@@ -91,10 +107,11 @@ def threads(
     import numba, torch
     from threadpoolctl import threadpool_limits
     faiss = import_faiss() if find_spec("faiss") else None
-    before, said = (torch.get_num_threads(), numba.get_num_threads(), faiss and faiss.omp_get_max_threads()), os.environ.get("OMP_NUM_THREADS")
-    def use(of_torch, of_numba, of_faiss):
-        torch.set_num_threads(of_torch); numba.set_num_threads(min(of_numba, numba.config.NUMBA_NUM_THREADS))
+    before, said = (torch.get_num_threads(), faiss and faiss.omp_get_max_threads(), numba.get_num_threads()), os.environ.get("OMP_NUM_THREADS")
+    def use(of_torch, of_faiss, of_numba):                         # the order matters here and above: see the text
+        numba.set_num_threads(min(of_numba, numba.config.NUMBA_NUM_THREADS))
         if faiss: faiss.omp_set_num_threads(of_faiss)
+        torch.set_num_threads(of_torch)
     os.environ["OMP_NUM_THREADS"] = str(n)                         # what `core.cores` reads
     try:
         use(n, n, n)
@@ -148,3 +165,94 @@ def paired_ratio(
         for i in (0, 1, *range(len(queries))):
             for m in ((0, 1), (1, 0))[i % 2]: t[i, m] = seconds((f, g)[m], queries[i:i + 1])[0]
     return ratio(t[:, 0] / t[:, 1], seed)
+
+# %% ../../nbs/22_bench.ipynb #9a18e126
+PARTS, TOP = ("codes", "structure", "rows", "fixed", "vectors"), 10
+
+class Method(NamedTuple):
+    "One way to search a pool"
+    name: str
+    search: Callable                       # queries (B, D) → rows (B, 10), or None where there are no items to return
+    bytes: dict                            # part → bytes an item
+    prepare: Callable = lambda: None       # called before it is measured: sets what indexes of several methods share
+
+def parts_of(
+    n: int,     # items
+    **parts,    # part → bytes
+) -> dict:      # part → bytes an item
+    "Bytes an item, every part named"
+    return {p: parts.get(p, 0) / n for p in PARTS}
+
+def total(
+    method,              # a Method, or a dict with `bytes`
+    vectors: bool=True,  # with those that a rerank reads
+) -> float:
+    "Bytes an item, all parts together"
+    parts = method["bytes"] if isinstance(method, dict) else method.bytes
+    return sum(v for p, v in parts.items() if vectors or p != "vectors")
+
+# %% ../../nbs/22_bench.ipynb #6a1d1b02
+def light_bytes(
+    decoder,         # a LightDecoder
+    codebooks,       # its codebooks, float32
+    n: int,          # items
+    vectors: int=0,  # bytes of those that a rerank reads
+) -> dict:           # part → bytes an item
+    "Bytes an item of a light decoder and its trie; codebooks in float32, and beside them in eight bits where it searches with those"
+    size, fixed = decoder.trie.bytes(), sum(b.nbytes for b in codebooks)
+    if decoder.precision == "int8": fixed += sum(b.size + 4 * len(b) for b in codebooks)
+    return parts_of(n, codes=size["ids"], structure=size["entries"] + decoder.bytes(), rows=size["rows"], fixed=fixed, vectors=vectors)
+
+# %% ../../nbs/22_bench.ipynb #44f45bde
+def one_by_one(
+    methods: list,                # of Method
+    queries: np.ndarray,          # (Q, D)
+    rounds: int,                  # blocks
+    order: np.random.Generator,   # draws the order
+) -> np.ndarray:                  # (M, Q) seconds of every query
+    "Time queries one at a time, methods in random order"
+    out = np.zeros((len(methods), len(queries)))
+    for block in progress(np.array_split(np.arange(len(queries)), rounds), "one query at a time"):
+        for m in order.permutation(len(methods)):
+            methods[m].prepare()
+            for i in (*block[-2:], *block): out[m, i] = seconds(methods[m].search, queries[i:i + 1])[0]
+    return out
+
+def in_batches(
+    methods: list,                # of Method
+    queries: np.ndarray,          # (Q, D)
+    order: np.random.Generator,
+    size: int=100,                # queries a batch
+) -> tuple:                       # (M, batches) seconds a query, and rows found (M, Q, 10), −1 where there are none
+    "Time batches, methods in random order, and keep what they find"
+    starts = range(0, len(queries), size)
+    out, rows = np.zeros((len(methods), len(starts))), np.full((len(methods), len(queries), TOP), -1)
+    for b, i in enumerate(progress(starts, f"{size} at once")):
+        for m in order.permutation(len(methods)):
+            methods[m].prepare()
+            methods[m].search(queries[i:i + 2])
+            took, found = seconds(methods[m].search, queries[i:i + size])
+            out[m, b] = took / len(queries[i:i + size])
+            if found is not None: rows[m, i:i + size] = found
+    return out, rows
+
+def found_of(
+    rows: np.ndarray,   # (..., Q, k) item rows
+    truth: np.ndarray,  # (Q, 10) rows of the ten nearest
+) -> np.ndarray:        # (..., Q) share of each query's ten
+    "Recall of every query against exact search"
+    return (rows[..., None] == truth[..., None, :]).any(-2).mean(-1)
+
+# %% ../../nbs/22_bench.ipynb #e3d4748e
+def crossover(
+    sizes,    # ascending
+    ours,     # latency at each
+    theirs,
+):            # items, None where we never are below at the largest pool
+    "The pool size from which on `ours` is below `theirs`, interpolated between measured sizes on logarithmic axes"
+    gap = np.log(ours) - np.log(theirs)
+    if gap[-1] >= 0: return None
+    last = max((i for i, g in enumerate(gap) if g >= 0), default=None)
+    if last is None: return float(sizes[0])
+    share = gap[last] / (gap[last] - gap[last + 1])
+    return float(np.exp((1 - share) * np.log(sizes[last]) + share * np.log(sizes[last + 1])))

@@ -71,7 +71,7 @@ def kmeans(
     x = x - mean.astype(np.float32)
     return (_rounds(x, _start(x, K, seed).astype(np.float64), iters, device) + mean).astype(np.float32)
 
-# %% ../../nbs/12b_tokenizer_kmeans.ipynb #bcaaf3ba
+# %% ../../nbs/12b_tokenizer_kmeans.ipynb #37030d98
 class ResidualKMeans(Base):
     "Residual k-means: nothing learned by gradient, codewords in the items' own space (Chen, Guan and Wang 2010)"
     kind = "residual_kmeans"
@@ -89,6 +89,8 @@ class ResidualKMeans(Base):
         if sum(self.K) > 32768: raise ValueError(f"K: expected at most 32768 codes over all levels, got {sum(self.K)}: encoding keeps the inner products of all pairs")
         self.L, self.seed, self.iters, self.beam = L, as_count(seed, "seed", 0), as_count(iters, "iters"), as_count(beam, "beam")
         self.rows, self.device, self.codebooks, self._encoder = as_count(rows, "rows"), pick_device(device), [], (None, None)
+
+    def __getstate__(self): return {**self.__dict__, "_encoder": (None, None)}   # made again at need
 
     def fit(self, x) -> ResidualKMeans:
         "Learn one codebook a level from vectors (N, D) or (N, V, D)"
