@@ -461,7 +461,7 @@ static void rerank(const Vectors *v, const float *q, const i64 *rows, i64 n, u64
     for (i64 i = -AHEAD; i < n; i++) {
         if (i + AHEAD < n) {
             const u8 *x = (const u8 *)v->data + rows[i + AHEAD] * bytes;
-            for (i64 j = 0; j < ask; j += 64) __builtin_prefetch(x + j);
+            for (i64 j = 0; j < ask; j += 64) __builtin_prefetch(x + j, 0, 2);
         }
         if (i < 0) continue;
         const u8 *x = (const u8 *)v->data + rows[i] * bytes;
