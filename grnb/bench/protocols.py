@@ -206,7 +206,7 @@ def _verdicts(p, ratios):
                 lines.append(f"{name}, {label}: {system}: {p.of(name, side, small, system):,.0f} queries/s at {small:,} items, {p.of(name, side, large, system):,.0f} at {large:,}")
     return lines + _crossings(p) + [f"pages of the file still cached after dropping them: {'not known' if p.left is None else f'{100 * p.left:.0f} %'}"]
 
-# %% ../../nbs/22ha_bench_protocols.ipynb #119aa820
+# %% ../../nbs/22ha_bench_protocols.ipynb #c261c12f
 def _crossings(p):
     "From which pool size on ours is ahead of each dense search, protocol by protocol"
     lines = []
@@ -217,6 +217,7 @@ def _crossings(p):
                 told = []
                 for dense in (s for s in systems if not s.startswith((LEARNED, LIGHT))):
                     have = [n for n in p.sizes if (n, dense) in p.times[name][side]]
+                    if not have: continue                                            # a quick run keeps no file an item
                     at = crossover(have, *([p.of(name, side, n, s) ** down for n in have] for s in (ours, dense)))
                     told.append(f"{dense} " + ("nowhere" if at is None else f"from {at:,.0f} items on" if at > have[0] else f"in all pools measured, {have[0]:,} to {have[-1]:,}"))
                 lines.append(f"{name}, {label}: {ours} is ahead of " + "; ".join(told))
