@@ -328,7 +328,7 @@ def test_hashed_ids():
 # --- the registry
 
 def test_every_quantiser_has_its_own_name():
-    assert all(k == q.kind and k for k, q in QUANTIZERS.items()) and set(QUANTIZERS) == {'residual_kmeans', 'rqvae', 'pq', 'hierarchical', 'grdr', 'genius', 'avg', 'cart'}
+    assert all(k == q.kind and k for k, q in QUANTIZERS.items()) and set(QUANTIZERS) == {'residual_kmeans', 'rqvae', 'pq', 'hierarchical', 'grdr', 'genius', 'avg', 'cart', 'whitened_kmeans'}
     assert all(hasattr(q, m) for q in QUANTIZERS.values() for m in ('fit', 'encode', 'decode', 'save', 'from_arrays'))
 
 
