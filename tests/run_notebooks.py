@@ -77,6 +77,7 @@ def parts(outputs):
 
 def close(a, b, share):
     "Are two printed numbers equal to within `share`, or one unit of the last decimal shown?"
+    if a == b: return True                             # also what only looks like a number, as 9E3779 in a hexadecimal one
     x, y = (float(t.replace(',', '')) for t in (a, b))
     decimals = [len(t.split('.')[1]) for t in (a, b) if '.' in t and 'e' not in t.lower()]
     return abs(x - y) <= share * max(abs(x), abs(y)) + (1.01 * 10.0**-min(decimals) if decimals else 0)
