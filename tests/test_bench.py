@@ -5,16 +5,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
 from grnb import GenerativeRetriever
-from grnb.bench import (KINDS, PARTS, TOP, Method, crossover, found_of, in_batches, latency as bench, one_by_one, paired_ratio, parts_of, peers, piece, ratio, stored, threads, total, vectors,
-                        write_vectors)
+from grnb.bench import (KINDS, PARTS, SMOKE, TOP, Method, Ratio, crossover, found_of, in_batches, latency as bench, one_by_one, paired_ratio, parts_of, peers, piece, ratio, read_codes,
+                        stored, stored_codes, tell, threads, total, vectors, verdict_cells, verdict_line, write_array, write_vectors)
 from grnb.bench.latency import bench_latency, rivals
 from grnb.core import import_faiss, rng
+from grnb.generator.prefix import PrefixGenerator
 from grnb.recipes import Recipe
 from grnb.report import draw_latency, load_results, redraw
 
@@ -103,7 +105,7 @@ def test_light_is_the_faces_baseline(pool, methods):
 def test_learned_is_the_faces_generator_untrained(pool, methods):
     x, q = pool
     books = methods[1][:4]
-    gr = face(x, Recipe(generator='prefix', L=4, steps=0), books, generator=bench.PrefixGenerator(512, codebooks=books, seed=3))
+    gr = face(x, Recipe(generator='prefix', L=4, steps=0), books, generator=PrefixGenerator(512, codebooks=books, seed=3))
     assert same(methods[0][bench.LEARNED].search(q), gr.search(q, beam=50).ids)
 
 
@@ -197,6 +199,17 @@ def test_pieces_are_made_once(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['piece.json', 'text']
 
 
+def test_codes_and_arrays_are_stored_whole(tmp_path):
+    "Codes with their codebooks, made once; an array under the very name it was given"
+    codes, made = np.arange(24, dtype=np.uint8).reshape(2, 12), []
+    quantizer = SimpleNamespace(codebooks=[np.full((2, 3), l, np.float32) for l in range(12)])
+    def make(): made.append(1); return quantizer, codes
+    for got in (*(stored_codes(tmp_path/'codes.safetensors', make) for _ in range(2)), read_codes(tmp_path/'codes.safetensors')):
+        assert np.array_equal(got[0], codes) and got[0].dtype == np.uint8 and [b[0, 0] for b in got[1]] == [*range(12)]
+    write_array(codes, tmp_path/'a.tmp')
+    assert made == [1] and np.array_equal(np.load(tmp_path/'a.tmp'), codes) and sorted(p.name for p in tmp_path.iterdir()) == ['a.tmp', 'codes.safetensors']
+
+
 def test_every_query_is_timed_once_and_rows_are_kept():
     calls = []
     def search(q):
@@ -229,6 +242,20 @@ def test_rivals_need_recall_and_bytes():
     m = {'light': dict(recall=.9, bytes=dict(codes=8, vectors=4)), 'faiss a': dict(recall=.896, bytes=dict(codes=12)), 'faiss b': dict(recall=.894, bytes=dict(codes=1)),
          'faiss c': dict(recall=1., bytes=dict(codes=13)), 'exact': dict(recall=1., bytes=dict(codes=12)), 'light two': dict(recall=1., bytes=dict(codes=1))}
     assert rivals(m, 'light') == ['faiss a', 'exact'] and rivals(m, 'light', bytes=False) == ['faiss a', 'faiss c', 'exact'] and total(m['light']) == 12
+
+
+def test_a_verdict_in_cells_and_in_words():
+    r, at = Ratio(1.2345, 1.2, 1.26), lambda cells: {c['column']: (c['value'], c['low'], c['high'], c['unit']) for c in cells}
+    assert at(verdict_cells('q', r, 1.2, False, 'data', 'times')) == dict(value=(1.2345, 1.2, 1.26, 'times'), bar=(1.2, None, None, 'times'), holds=(0, None, None, ''))
+    assert at(verdict_cells('q', 3, None, None, 'data')) == dict(value=(3, None, None, ''))
+    assert verdict_line('q', r, 1.2, False, 'times', 3) == 'q: 1.234 [1.200, 1.260] times, bar 1.2: does not hold'
+    assert verdict_line('q', 3, 20e6, True) == 'q: 3, bar 2e+07: holds' and verdict_line('q', 3, None, None) == 'q: 3'
+
+
+def test_a_quick_run_says_what_its_verdicts_are_worth():
+    said = []
+    tell(iter(['q: 1']), said.append); tell(iter(['q: 2']), said.append, quick=True); tell((1 / 0 for _ in range(1)), None, quick=True)
+    assert said == ['q: 1', SMOKE, 'q: 2']
 
 
 # --- the whole

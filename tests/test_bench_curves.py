@@ -79,11 +79,12 @@ def test_trie_and_decoder(tmp_path):
     steps = [cell(row, n, v, 'd', panel=f'all steps, {how} caches, B=1', unit='ms', n=30) for how in ('warm', 'cold') for n in (10, 1000) for row, v in (('ours', 1), ('STATIC, torch', 4))]
     save(tmp_path, 'trie', steps + [cell('ours', n, 30, 'd', panel='build') for n in (10, 1000)])
     save(tmp_path, 'trie', [cell('ours', n, 2, 'd', panel='bytes an item, item rows apart') for n in (10, 1000)], times=False)
-    save(tmp_path, 'decoder', [cell(row, n, v, 'd', panel=p, unit='times', low=v - .01, high=v + .01, n=9) for p in ('over no constraint, 2 layers, bf16, B=1', 'decode, B=1') for n in (10, 1000) for row, v in (('ours', 1.01), ('STATIC, torch', 1.08))])
+    save(tmp_path, 'decoder', [cell(row, n, v, 'd', panel=p, unit='times', low=v - .01, high=v + .01, n=9) for p, sizes in (('over no constraint, 2 layers, bf16, B=1', (10, 1000)), ('over no constraint, 6 layers, bf16, B=1', (1000,)), ('decode, B=1', (10, 1000))) for n in sizes for row, v in (('ours', 1.01), ('STATIC, torch', 1.08))])
     fig = draw_trie(tmp_path)
     assert [ax.get_title(loc='left') for ax in fig.axes] == ['warm caches, B=1', 'cold caches, B=1'] and [l.get_label() for l in fig.axes[0].lines] == ['ours', 'STATIC, torch']
-    assert draw_trie_bytes(tmp_path) and len(overhead(tmp_path)) == 4 and {c['panel'] for c in overhead(tmp_path)} == {'2 layers, bf16, B=1'}
+    assert draw_trie_bytes(tmp_path) and len(overhead(tmp_path)) == 6 and {c['panel'] for c in overhead(tmp_path)} == {'2 layers, bf16, B=1', '6 layers, bf16, B=1'}
     fig = draw_decoder(tmp_path)
+    assert [ax.get_title(loc='left') for ax in fig.axes] == ['2 layers, bf16, B=1'], 'a shape measured at one size is no curve'
     assert curves.BAR in [l.get_ydata()[0] for l in fig.axes[0].lines] and 'n = 9 rounds' in (tmp_path/'efficiency_decoder.md').read_text()
     assert shown(tmp_path, 'efficiency_trie') == shown(tmp_path, 'efficiency_trie_bytes') == shown(tmp_path, 'efficiency_decoder') == ALL
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from grnb import core
 from grnb.metrics import Estimate
 from grnb.report import (cell, claim, curves, draw_beams, draw_latency, latex, ledger, load_results, markdown, note, pivot, provenance, redraw, save_figure,
                          save_results, text, write_table)
@@ -84,6 +85,21 @@ def test_provenance_says_where_and_how():
     assert p['config_hash'] == provenance(config={'K': 256})['config_hash'] != provenance(config={'K': 128})['config_hash']
     assert p['packages']['numpy'] == np.__version__ and not any('time' in k for k in p)
     json.dumps(p, allow_nan=False)
+
+
+def test_the_processor_tells_its_name_and_features(tmp_path, monkeypatch):
+    "Read once and closed; a system without the file has a name all the same"
+    info, files = tmp_path/'cpuinfo', []
+    info.write_text('model name\t: Made Up 9 @ 3:1\nvmx flags\t: vnmi\nflags\t\t: fpu avx512_bf16_x amx_bf16\n')
+    def opened(path, *args):
+        assert path == '/proc/cpuinfo'
+        files.append(open(info, *args))
+        return files[-1]
+    monkeypatch.setattr(core, 'open', opened, raising=False)
+    assert core.cpu_name() == 'Made Up 9 @ 3:1' and core.cpu_flags() == 'fpu avx512_bf16_x amx_bf16' and core.fast_bf16() and not core.fast_bf16('mps')
+    assert provenance()['processor'] == 'Made Up 9 @ 3:1' and all(f.closed for f in files)
+    info.unlink()
+    assert core.cpu_name() and core.cpu_flags() == '' and not core.fast_bf16()
 
 
 # --- tables

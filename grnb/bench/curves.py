@@ -167,7 +167,7 @@ def _by_panel(cells):
         if isinstance(c["column"], (int, float)): out.setdefault(c["panel"], {}).setdefault(c["row"], []).append((c["column"], c["value"], *([(c["low"], c["high"])] if c["low"] is not None else [])))
     return out
 
-# %% ../../nbs/22i_bench_curves.ipynb #297ed48a
+# %% ../../nbs/22i_bench_curves.ipynb #0781c341
 OVERHEAD, BAR = "over no constraint, ", 1.05
 
 def overhead(
@@ -182,9 +182,11 @@ def draw_decoder(
     figures="figures",    # the folder that holds results/ and the figures
     say: Callable=print,  # told of what is missing
 ):                        # a matplotlib figure, or None
-    "Constrained over unconstrained decoding against pool size, ours and every peer's"
+    "Constrained over unconstrained decoding against pool size, ours and every peer's; a shape measured at one size is left to the table"
     if not (cells := overhead(figures, say)): return
-    fig = panels(_by_panel(cells), "pool (items)", "time over no constraint", columns=2)
+    curved = {shape: rows for shape, rows in _by_panel(cells).items() if len({x for points in rows.values() for x, *_ in points}) > 1}
+    if not curved: return
+    fig = panels(curved, "pool (items)", "time over no constraint", columns=2)
     for ax in fig.axes:
         if ax.get_title(loc="left"): ax.axhline(BAR, color="black", linewidth=.8, linestyle=(0, (1, 2)))
     r = stored(figures, "decoder", True)

@@ -125,9 +125,10 @@ class PrefixDecoder(nn.Module):
             new.append(kv)
         return self.norm(x), new
 
-# %% ../../nbs/15a_generator_prefix.ipynb #cabf650a
-class PrefixGenerator(_Learned):
-    "Query vector to codes through prefix vectors and a decoder (GENIUS, section 4.2); ValueError where geometry and `dim` differ in width"
+# %% ../../nbs/15a_generator_prefix.ipynb #ccf322cf
+class _FromVectors(_Learned):
+    "What generators that read a query vector are made of; ValueError where geometry and `dim` differ in width"
+    one_step = False               # one position serves all levels, and no code is read
     def __init__(self,
         dim: int,                  # width D of query vectors
         sizes: tuple|None=None,    # L numbers of codes; None takes the codebooks'
@@ -147,8 +148,13 @@ class PrefixGenerator(_Learned):
         self.dim, width = dim, self.strong.dim if self.strong else dim
         if width != dim: raise ValueError(f"dim: expected the codebooks' width {width} for init='geometry', got {dim}")
         self.settings = dict(dim=dim, sizes=list(self.sizes), counter=counter, init=init, scale=scale, **net)
-        with torch_seed(seed, "PrefixGenerator"):
-            self.net, self.heads = PrefixDecoder(dim, len(self.sizes), **net), CodeHeads(self.sizes, d_model, self.strong, scale)
+        with torch_seed(seed, type(self).__name__):
+            self.net, self.heads = PrefixDecoder(dim, 1 if self.one_step else len(self.sizes), **net), CodeHeads(self.sizes, d_model, self.strong, scale)
+        if self.one_step: self.heads.embed = None
+
+# %% ../../nbs/15a_generator_prefix.ipynb #378a66ca
+class PrefixGenerator(_FromVectors):
+    "Query vector to codes through prefix vectors and a decoder (GENIUS, section 4.2); ValueError where geometry and `dim` differ in width"
     def start(self, queries):                                           # (B, D)
         queries = as_queries(queries, self.dim, self.device)
         return _State(self.strong and self.strong.start(queries), self.net.remember(queries), None)

@@ -192,12 +192,12 @@ def _updates(model, batch, loss, steps, seed, checkpoint, about, every=200):
         if path and ((step + 1) % every == 0 or step + 1 == steps):
             save_arrays(path, {k: v.cpu().numpy() for k, v in state.items()}, dict(mark=mark, step=step + 1))
 
-# %% ../../nbs/12d_tokenizer_rqvae.ipynb #365e4056
+# %% ../../nbs/12d_tokenizer_rqvae.ipynb #fbdc35bc
 def _encode(self, x, device="cpu") -> np.ndarray:
     "Codes (N, L) or (N, V, L) of vectors (N, D) or (N, V, D), an array or a memory map; the network runs on `device`"
     device = pick_device(device)
     model, books = self.fitted().model.to(device), self.codebooks
-    code = (lambda z: cosine_encode(z, books)) if self.settings["distance"] == "cosine" else ResidualEncoder(books)
+    code = (lambda z: cosine_encode(z, books)) if model.levels.cosine else ResidualEncoder(books)
     try: return encode_rows(x, self.D, self.sizes, lambda part: code(in_blocks(model.encode, part, device=device) if self.latent else part))
     finally: model.cpu()
 
