@@ -105,9 +105,9 @@ def _recipe(args):
     try: return replace(recipe, **_settings(args.set, [f.name for f in fields(Recipe)], "--set"))
     except TypeError as e: raise ValueError(f"--set {' '.join(args.set)}: {e}") from None
 
-# %% ../nbs/24_cli.ipynb #01e58c35
+# %% ../nbs/24_cli.ipynb #48f0e54e
 _TASK = (
-    _arg("--task", help="a task in place of files: events, or flickr8k from GRNB_DATA"),
+    _arg("--task", help="a task in place of files: events; or from GRNB_DATA flickr8k, msrvtt, actnet, didemo, lsmdc"),
     _arg("--size", type=int, help="items of the task, where it has sizes"),
     _arg("--task-seed", type=int, default=0, help="seed of the task (default 0)"),
     _arg("--path", help="folder of the task's data, in place of GRNB_DATA"),
@@ -292,7 +292,7 @@ def _search(args):
     elif task is None: _show(hits, names)
     if task is not None: _judge(hits, task.qrels.select(asked), args.k)
 
-# %% ../nbs/24_cli.ipynb #30d272b7
+# %% ../nbs/24_cli.ipynb #b9c10439
 def _write_task(task, folder):
     "Write a task's arrays, texts, splits and matches to a new or empty folder"
     from grnb.metrics import write_qrels
@@ -303,9 +303,25 @@ def _write_task(task, folder):
         write_qrels(tmp/"qrels", task.qrels)
         write_json(tmp/"task.json", dict(name=task.name, items=len(task.items), queries=len(task.queries)))
 
-@_command(*_TASK, _split("train", "dev", "test"), _arg("--out", help="folder to write the task's files to"))
+def _fetch(args):
+    "Get GRDR's released files"
+    from grnb.data.fetch import GRDR_DATASETS, GRDR_PARTS, fetch_grdr
+    if args.out is None: raise ValueError("--out: name the folder to fill")
+    for flag in ("task", "size", "path", "option"):
+        if getattr(args, flag) is not None: raise ValueError(f"--{flag}: not a setting of grnb data grdr")
+    fetch_grdr(args.datasets or GRDR_DATASETS, args.out, args.parts or [p for p in GRDR_PARTS if p != "rerankers"])
+    print(f"Captions are not on the hub: copy the folder data/ of https://github.com/JasonCodeMaker/GRDR into {args.out}; then --task NAME --path {args.out}")
+
+@_command(
+    _arg("what", nargs="?", choices=("task", "grdr"), default="task", help="task (default): sum up a task; grdr: download what GRDR released"),
+    *_TASK, _split("train", "dev", "test"), _arg("--out", help="folder to write the task's files to, or to download to"),
+    _arg("--datasets", nargs="+", metavar="NAME", help="grdr: some of msrvtt, actnet, didemo, lsmdc (default all)"),
+    _arg("--parts", nargs="+", metavar="PART", help="grdr: some of features, checkpoints, frames, rerankers (default all but rerankers, which are 1.8 GB each)"),
+)
 def _data(args):
-    "Sum up a task (events by default), and write it out as files"
+    "Sum up a task (events by default) and write it out as files, or download GRDR's released features and checkpoints; resumes after a stop"
+    if args.what == "grdr": return _fetch(args)
+    if args.datasets or args.parts: raise ValueError("--datasets, --parts: settings of grnb data grdr")
     out = args.out and Path(args.out)
     if out and out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"--out: {out} holds other files; choose an empty or new folder")
     args.task = args.task or "events"

@@ -336,7 +336,7 @@ def test_tfidf_is_fitted_on_training_texts_only():
 # --- load_task
 
 @pytest.mark.parametrize("name, options, error, says", [
-    ("kinetics", {}, ValueError, "expected one of events, flickr8k, got 'kinetics'"),
+    ("kinetics", {}, ValueError, "expected one of events, flickr8k, msrvtt, actnet, didemo, lsmdc, got 'kinetics'"),
     ("events", dict(size=9), ValueError, "size: expected at least 10, got 9"),
     ("events", dict(size=1_000_001), ValueError, "size: expected at most"),
     ("events", dict(seed=-1), ValueError, "seed: expected at least 0"),
