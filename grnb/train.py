@@ -123,7 +123,7 @@ class TrainResult(NamedTuple):
     losses: list
     last: dict|None = None  # weights after the last step, where the best are kept and these are others
 
-# %% ../nbs/06_train.ipynb #be05ce0b
+# %% ../nbs/06_train.ipynb #82e22ce1
 def _accelerator(device, precision):
     "A fresh accelerate.Accelerator; its process-wide state is reset, for another device or precision may follow in one process"
     from accelerate import Accelerator
@@ -133,11 +133,11 @@ def _accelerator(device, precision):
     if device.startswith("cuda:"): torch.cuda.set_device(device)
     return Accelerator(cpu=device == "cpu", mixed_precision=precision)
 
-def _adamw(model, lr, weight_decay):
-    "AdamW with decay on matrices only"
+def _adamw(model, lr, weight_decay, groups):
+    "AdamW with decay on matrices only, or with the caller's groups"
     live = [p for p in model.parameters() if p.requires_grad]
     if not live: raise ValueError("model: expected parameters to train, got none")
-    groups = [dict(params=[p for p in live if p.ndim > 1], weight_decay=weight_decay), dict(params=[p for p in live if p.ndim < 2], weight_decay=0.)]
+    if groups is None: groups = [dict(params=[p for p in live if p.ndim > 1], weight_decay=weight_decay), dict(params=[p for p in live if p.ndim < 2], weight_decay=0.)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
 
 # %% ../nbs/06_train.ipynb #7a3582f6
@@ -163,10 +163,10 @@ def _score(model, evaluate, state, seed, step):
         state.best = _numpy(model.state_dict())
         state.facts.update(best_step=step, best_score=score)
 
-# %% ../nbs/06_train.ipynb #633d7657
+# %% ../nbs/06_train.ipynb #2b21b719
 def _step(model, batch, loss, acc, optimizer, seed, step, rate, clip):
     "One update; returns the loss. FloatingPointError where it is not finite"
-    for g in optimizer.param_groups: g["lr"] = rate
+    for g in optimizer.param_groups: g["lr"] = rate * g.get("scale", 1.)
     with torch_seed(seed, "train", step):                          # so that dropout needs no stored state
         with acc.autocast(): value = loss(model, batch(step))
         if not torch.isfinite(value): raise FloatingPointError(f"loss: {value.item()} at step {step}; lower lr or look at the batch")
@@ -176,7 +176,7 @@ def _step(model, batch, loss, acc, optimizer, seed, step, rate, clip):
     optimizer.step()
     return value.item()
 
-# %% ../nbs/06_train.ipynb #3e60af03
+# %% ../nbs/06_train.ipynb #f27f7dc9
 def train(
     model: torch.nn.Module,      # moved to the device and trained in place
     batch: Callable,             # step → anything; a function of the step alone
@@ -186,6 +186,7 @@ def train(
     lr: float=1e-3,              # peak learning rate
     warmup: float=0.05,          # share of the steps spent rising
     weight_decay: float=0.01,    # on matrices
+    groups: Callable|None=None,  # model → groups of parameters as AdamW takes them, `scale` a factor on lr; they set their own weight_decay
     clip: float=1.0,             # largest norm of the gradient; inf turns clipping off
     evaluate: Callable|None=None,  # model → dev score, higher is better
     eval_every: int|None=None,   # steps between scores; a tenth of the run by default
@@ -200,16 +201,15 @@ def train(
 ) -> TrainResult:
     "Train `model` in place; ValueError on a bad setting or a checkpoint of another run, FloatingPointError where loss or score is not finite"
     settings = _checked(steps, lr, warmup, weight_decay, clip, eval_every, keep, save_every, precision)
+    if groups and (groups := list(groups(model))): settings["groups"] = [g | dict(params=len(g["params"])) for g in groups]
     acc = _accelerator(device, precision)
     model.to(acc.device).train()
     print_ = fingerprint({**settings, "seed": seed, "about": about}, *[a for kv in sorted(_numpy(model.state_dict()).items()) for a in kv])
-    optimizer = acc.prepare(_adamw(model, lr, weight_decay))
-    state = _State(model, optimizer.optimizer, print_)
-    path = Path(checkpoint)/"train.safetensors" if checkpoint is not None else None
+    optimizer = acc.prepare(_adamw(model, lr, weight_decay, groups))
+    state, path = _State(model, optimizer.optimizer, print_), None if checkpoint is None else Path(checkpoint)/"train.safetensors"
     if path and path.exists(): state.load(path)
     _run(state, batch, loss, acc, optimizer, evaluate, settings, path, save_every, seed, desc)
-    facts = state.facts
-    last = None
+    facts, last = state.facts, None
     if keep == "best" and state.best is not None:
         last = _numpy(model.state_dict())
         _put(model.state_dict(), state.best)
