@@ -47,7 +47,7 @@ def test_a_mask_is_taken_as_given():
 
 def test_names_and_settings():
     assert as_recipe('genius') is RECIPES['genius'] and as_recipe(TINY) is TINY
-    with pytest.raises(ValueError, match="recipe: expected one of baseline, genius or a Recipe, got 'avg'"): as_recipe('avg')
+    with pytest.raises(ValueError, match="recipe: expected one of baseline, genius, grdr or a Recipe, got 'avg'"): as_recipe('avg')
     assert RECIPES['baseline'] == Recipe(generator='light', K=256, L=8, ids='bucket') and RECIPES['genius'].init == 'geometry'
     with pytest.raises(ValueError, match='unique'): replace(TINY, ids='unique')
 
@@ -85,7 +85,8 @@ def test_training_is_dropped_unless_it_helps_dev(monkeypatch):
     assert fit(replace(TINY, init='random'), dev=0.).facts['kept']                                      # the plain variant is its training
 
 
-@pytest.mark.parametrize('recipe', [Recipe(K=6, L=2), TINY, replace(TINY, init='random'), replace(TINY, towers=True, dim=5, tower_epochs=1), Recipe(K=(6, 4), L=2, ids='unique', weak=True)])
+@pytest.mark.parametrize('recipe', [Recipe(K=6, L=2), TINY, replace(TINY, init='random'), replace(TINY, towers=True, dim=5, tower_epochs=1), Recipe(K=(6, 4), L=2, ids='unique', weak=True),
+                                    replace(RECIPES['grdr'], K=6, L=2, d_model=8, cotrain=replace(RECIPES['grdr'].cotrain, steps=(2, 1, 2, 2), batch=16))])
 def test_saved_is_loaded(tmp_path, recipe):
     a = fit(recipe)
     save_fitted(a, tmp_path)
