@@ -264,7 +264,7 @@ def merge(self) -> GenerativeRetriever:
             with self._changes.lock: self._changes.error = None if self._changes.error is task.error else self._changes.error
             raise RuntimeError("merging the pool failed; it is as it was") from task.error
 
-# %% ../nbs/20_retriever.ipynb #649bebeb
+# %% ../nbs/20_retriever.ipynb #b60d9ed0
 def search(self,
     queries,              # float (Q, Dq), or list of str where fitted on texts
     k: int=10,            # items wanted
@@ -282,7 +282,7 @@ def search(self,
     live, items = limited(pool, filter)
     if not len(queries) or not items: return _hits(pool, np.full((len(queries), k), -1), np.full((len(queries), k), -np.inf, np.float32))
     q, want, beam = fitted.queries(queries), min(max(candidates, k), items) if rerank else k, min(beam, len(live))
-    if fitted.generator is None and rerank and pool.plain and pool.decoder.kernel == "c": return _hits(pool, *pool.decoder.nearest(q, pool.vectors, k, beam, want, live))   # all in one call
+    if fitted.generator is None and rerank: return _hits(pool, *pool.decoder.nearest(q, pool.vectors, k, beam, want, live))   # all in one call
     if fitted.generator is None: rows, scores = pool.decoder.search(q, beam, want, live)
     else: rows, scores = expand(*beam_search(pool.decoder, q, live, beam), live, want)
     if rerank: rows, scores = cosine(q, pool.vectors, rows, k, pool.keys(rows))

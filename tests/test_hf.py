@@ -130,6 +130,10 @@ def test_bad_arguments():
                        (lambda: token_map(trie, [np.zeros(8, int)] * 3), r"tokens\[0\]: expected 8 different tokens"),
                        (lambda: TrieLogitsProcessor(None, OFFSETS), "trie: expected a Trie, got NoneType"),
                        (lambda: TrieLogitsProcessor(trie, OFFSETS, begin=-1), "begin"),
+                       (lambda: token_map(trie, ("a", 9, 17)), r"tokens\[0\]: expected a whole number or 8 of them, got <U1"),
+                       (lambda: token_map(trie, (1, 9.5, 17)), r"tokens\[1\]: expected a whole number or 8 of them, got float64"),
+                       (lambda: TrieLogitsProcessor(trie, OFFSETS, eos=-1), "eos: expected at least 0, got -1"),
+                       (lambda: TrieLogitsProcessor(trie, OFFSETS, eos=9999)(torch.zeros(1, 4).long(), torch.zeros(1, 40)), "eos: expected a token below the vocabulary's 40, got 9999"),
                        (lambda: TrieLogitsProcessor(trie, (10, 18, 36))(torch.zeros(1, 3).long(), torch.zeros(1, 40)), r"tokens\[2\]: expected tokens below"),
                        (lambda: TrieLogitsProcessor(trie, OFFSETS)(torch.zeros(1, 4).long(), torch.zeros(1, 40)), "max_new_tokens: expected at most the 3 levels")):
         with pytest.raises(ValueError, match=says): call()

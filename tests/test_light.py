@@ -233,6 +233,113 @@ def test_reranking_is_exact_in_both_precisions_and_for_views(name):
             assert np.allclose(cos, -np.sort(-s, 1)[:, :5], atol=1e-4) and np.allclose(np.take_along_axis(s, rows, 1), cos, atol=1e-4)
 
 
+def read_with_patience(order, score, k, patience):
+    "Candidates read one by one: the k best, and how many were read"
+    top, failed = [], 0
+    for n, row in enumerate(order):
+        if len(top) == k and failed >= patience: return top, n
+        better = sorted([*top, row], key=lambda r: (-score[r], r))[:k]
+        failed, top = 0 if better != top else failed + 1, better
+    return top, len(order)
+
+
+@both
+@pytest.mark.parametrize('k', [1, 7, 40])
+def test_patience_reads_until_so_many_in_a_row_fail(name, k):
+    books, trie, q = world_of(300)
+    dec, x = decoder(name, trie, books), np.random.default_rng(3).normal(size=(300, 6)).astype(np.float32)
+    order, stopped = dec.search(q, 50, 120)[0], 0
+    for patience in (1, 9, 30, 120, None):
+        rows, cos = dec.nearest(q, x, k, 50, 120, patience=patience)
+        for i in range(len(q)):
+            top, read = read_with_patience(order[i], (x @ q[i]).astype(np.float64), k, patience or 120)
+            assert rows[i].tolist() == top and np.allclose(cos[i], x[top] @ q[i], atol=1e-4)
+            stopped += read < 120
+    assert stopped
+    with pytest.raises(ValueError, match='patience: expected at least 1, got 0'): dec.nearest(q, x, k, patience=0)
+
+
+class Two:
+    "Vectors in two arrays, and where each row stands"
+    def __init__(self, base, more, slot): self.base, self.more, self.slot = base, more, slot
+    def __len__(self): return len(self.slot) or len(self.base) + len(self.more)
+    def __getitem__(self, rows): return np.concatenate([self.base, self.more])[self.slot[rows] if len(self.slot) else rows]
+    def parts(self): return self.base, self.more, self.slot
+    ndim, dtype, shape = (property(lambda self, k=k: getattr(self.base, k)) for k in ('ndim', 'dtype', 'shape'))
+
+
+@both
+@pytest.mark.parametrize('kind', [np.float32, np.float16])
+def test_vectors_in_two_parts_are_reranked_as_one_array(name, kind):
+    books, trie, q = world_of(300)
+    dec, g = decoder(name, trie, books), np.random.default_rng(4)
+    live, x = LiveTrie(trie).add(trie.codes[:50], np.arange(300, 350)).remove(np.arange(0, 350, 3)), g.normal(size=(350, 6)).astype(kind)
+    want = dec.nearest(q, x, 9, 400, 400, live)
+    none, slot = np.zeros(0, np.int64), g.permutation(350)
+    there = np.empty_like(x)
+    there[slot] = x
+    for v in (Two(x[:300], x[300:], none), Two(x[:10], x[10:], none), Two(there[:200], there[200:], slot), Two(there, there[:0], slot)):
+        rows, cos = dec.nearest(q, v, 9, 400, 400, live)
+        assert np.array_equal(rows, want[0]) and np.allclose(cos, want[1], atol=1e-6)
+    for bad in (Two(x[:300], x[300:340], none), Two(x[:300], x[300:].astype(np.float64), none), Two(x[:300], x[300:, :5], none), Two(x[:300], np.asfortranarray(x[300:]), none)):
+        with pytest.raises(ValueError, match='vectors: '): dec.nearest(q, bad, 9, 400, 400, live)
+
+
+@both
+def test_equal_vectors_follow_the_place_of_added_items(name):
+    "Rows 6 and 7 belong after row 1 and before row 0; all eight vectors are the same"
+    books = [np.eye(3, dtype=np.float32)] * 2
+    trie = Trie.build(make_ids(np.array([[a, b] for a in range(3) for b in range(2)]), (3, 3)))
+    live, x = LiveTrie(trie).add(np.array([[2, 2], [1, 2]]), [6, 7], [(2 << 32) | 1, 0]), np.ones((8, 3), np.float32)
+    for k in (3, 8):
+        assert decoder(name, trie, books).nearest(x[:1], x, k, 20, 20, live)[0].tolist() == [[7, 0, 1, 6, 2, 3, 4, 5][:k]]
+
+
+@both
+@pytest.mark.parametrize('precision', ['fp32', 'int8'])
+def test_a_batch_is_its_queries(name, precision):
+    "Whatever is multiplied at once"
+    books, trie, q = world_of(400)
+    dec, x = decoder(name, trie, books, precision=precision), np.random.default_rng(3).normal(size=(400, 6)).astype(np.float32)
+    q = np.concatenate([q, -q])[:11]
+    for call in (lambda q: dec.search(q, 3, 20), lambda q: dec.leaves(q, 9), lambda q: dec.nearest(q, x, 5, 3, 40, patience=8), lambda q: (dec.tables(q),)):
+        for whole, *single in zip(call(q), *(call(q[i:i + 1]) for i in range(len(q)))): assert np.array_equal(whole, np.concatenate(single))
+
+
+@both
+def test_large_buckets_are_found_whole(name):
+    "Many items an ID, more than 256 IDs, with and without twins in the side trie"
+    g = np.random.default_rng(1)
+    books = [g.normal(size=(20, 6)).astype(np.float32) for _ in range(2)]
+    codes, q = g.integers(0, 20, (5000, 2)), g.normal(size=(5, 6)).astype(np.float32)
+    trie = Trie.build(make_ids(codes, (20, 20)))
+    assert len(trie) > 300 and len(trie.extra) > 4000
+    dec, live = decoder(name, trie, books), LiveTrie(trie).add(codes[:900:3].astype(trie.codes.dtype), np.arange(5000, 5300))
+    for lv, all_codes in ((None, codes), (live, np.concatenate([codes, codes[:900:3]]))):
+        rows = dec.search(q, 12, 120, lv)[0]
+        for r in rows:
+            bucket = all_codes[r]
+            ends = np.flatnonzero((bucket[1:] != bucket[:-1]).any(1)) + 1                 # IDs follow one another; each but the last is whole, in order of row
+            assert len(set(r)) == 120 and (np.diff(r)[np.setdiff1d(np.arange(119), ends - 1)] > 0).all()
+            for a, b in zip(np.r_[0, ends[:-1]], ends): assert r[a:b].tolist() == np.flatnonzero((all_codes == bucket[a]).all(1)).tolist()
+
+
+@both
+def test_filters_and_snapshots_may_alternate(name):
+    "What was made for the last few live tries is there the next time, and answers stay right"
+    books, trie, q = world_of(400)
+    dec, odd = decoder(name, trie, books), np.arange(400) % 2 == 1
+    live = LiveTrie(trie).add(np.uint8([[0, 0, 0], [1, 1, 1]]), [400, 401])
+    tries = [LiveTrie(trie).where(odd), LiveTrie(trie).where(~odd), live, live.remove([400])]
+    views, rows = [dec._view_of(t, 5) for t in tries], [dec.search(q, 5, 20, t)[0] for t in tries]
+    for _ in range(2):
+        for t, view, r in zip(tries, views, rows): assert dec._view_of(t, 5) is view and np.array_equal(dec.search(q, 5, 20, t)[0], r)
+    for r, rest in zip(rows, (1, 0)): assert (r >= 0).sum() > 500 and (r[r >= 0] % 2 == rest).all()
+    for i in range(20): dec.search(q, 5, 5, live.remove([i]))
+    assert len(dec._lives) <= 8 and dec._view_of(live, 5) is not views[2]
+    assert np.array_equal(dec.search(q, 5, 20, live)[0], rows[2])
+
+
 def test_eight_bits_stay_close_where_they_are_chosen():
     g = np.random.default_rng(0)
     books = [g.normal(size=(2000, 512)).astype(np.float32) / 512 ** .5, g.normal(size=(200, 512)).astype(np.float32) / 60]
@@ -244,8 +351,9 @@ def test_eight_bits_stay_close_where_they_are_chosen():
 
 def test_bytes_are_those_of_the_arrays():
     books, trie, _ = world_of()
-    assert LightDecoder(trie, books).bytes() == 2 * (len(trie) + len(trie.code))
-    assert LightDecoder(trie, books, norms='gram').bytes() == 2 * len(trie.code) + 4 * 24 ** 2
+    starts = 4 * -(-(len(trie) + 512) // 256)                                         # where every 256th leaf's postings begin
+    assert LightDecoder(trie, books).bytes() == 2 * (len(trie) + len(trie.code)) + starts
+    assert LightDecoder(trie, books, norms='gram').bytes() == 2 * len(trie.code) + 4 * 24 ** 2 + starts
 
 
 def test_the_penalty_is_fitted_on_what_is_asked_for():

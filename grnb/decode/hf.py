@@ -13,7 +13,7 @@ from ..trie.step import Beams, _at, lower, run_end
 # %% auto #0
 __all__ = ['token_map', 'TrieLogitsProcessor', 'allowed_tokens']
 
-# %% ../../nbs/16c_decode_hf.ipynb #31aa64f7
+# %% ../../nbs/16c_decode_hf.ipynb #ad343cf8
 def token_map(
     trie: Trie,
     tokens,               # L offsets, or L arrays with the token of each code
@@ -25,6 +25,7 @@ def token_map(
     out = []
     for l, (t, K) in enumerate(zip(tokens, trie.sizes)):
         t = np.asarray(t)
+        if t.dtype.kind not in "iu": raise ValueError(f"tokens[{l}]: expected a whole number or {K} of them, got {t.dtype}")
         t = (t + np.arange(K) if t.ndim == 0 else t).astype(np.int64)
         if t.shape != (K,) or len(np.unique(t)) < K or t.min() < 0: raise ValueError(f"tokens[{l}]: expected {K} different tokens of at least 0, got shape {t.shape}")
         if vocabulary is not None and t.max() >= vocabulary: raise ValueError(f"tokens[{l}]: expected tokens below the vocabulary's {vocabulary}, got {t.max()}")
@@ -60,7 +61,7 @@ def prefixes(trie, codes):
     f = lambda x: torch.from_numpy(x)[:, None]
     return Beams(torch.where(f(alive), 0., -torch.inf), torch.zeros(n, 1, dtype=torch.int64), torch.zeros(n, 1, dtype=torch.int64), f(lo), f(hi), f(node))
 
-# %% ../../nbs/16c_decode_hf.ipynb #fb09a447
+# %% ../../nbs/16c_decode_hf.ipynb #f7f2aefa
 class TrieLogitsProcessor(LogitsProcessor):
     "Lets `generate` spell IDs of a trie only, then `eos`; ValueError where tokens do not fit the trie, and at a step after the ID without `eos`"
     def __init__(self,
@@ -69,7 +70,8 @@ class TrieLogitsProcessor(LogitsProcessor):
         eos: int|None=None,  # the token that follows an ID; None: `max_new_tokens` is the number of levels
         begin: int=1,        # tokens before the ID: 1 for the decoder's start of a T5, the prompt's length (with padding) for a LLaMA
     ):
-        self.trie, self.tokens, self.eos, self.begin = trie, token_map(trie, tokens), eos, as_count(begin, "begin", 0)
+        self.trie, self.tokens, self.begin = trie, token_map(trie, tokens), as_count(begin, "begin", 0)
+        self.eos = None if eos is None else as_count(eos, "eos", 0)
         self._order = [np.argsort(t) for t in self.tokens]
         self._sorted = [t[o] for t, o in zip(self.tokens, self._order)]
     def codes(self, ids: np.ndarray) -> np.ndarray:                     # tokens (n, t) -> codes (n, t), −1 where a token is none
@@ -85,6 +87,7 @@ class TrieLogitsProcessor(LogitsProcessor):
         t, out = ids.shape[1], torch.full_like(scores, -torch.inf)
         if t >= L and self.eos is None: raise ValueError(f"max_new_tokens: expected at most the {L} levels, because no eos was given")
         if t >= L:
+            if self.eos >= scores.shape[1]: raise ValueError(f"eos: expected a token below the vocabulary's {scores.shape[1]}, got {self.eos}")
             out[:, self.eos] = scores[:, self.eos]
             return out
         tokens = torch.from_numpy(self.tokens[t]).to(scores.device)

@@ -68,14 +68,14 @@ def build(source, compiler, again=False) -> Path:
     finally: Path(tmp).unlink(missing_ok=True)
     return path
 
-# %% ../../nbs/16e_decode_native.ipynb #138306a3
+# %% ../../nbs/16e_decode_native.ipynb #ac1c1617
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 class PartC(ctypes.Structure):
     "`Part` of light.c"
     _fields_ = [("array", _P * 6), ("size", _I * 6), *((k, _P) for k in ("tail", "begin", "width", "bias", "leaf_bias", "words", "some", "kept_rows")),
                 *((k, _I) for k in ("leaves", "levels", "extras", "several")), *((k, _F) for k in ("low", "step", "leaf_low", "leaf_step")),
-                *((k, _P) for k in ("place", "same", "order")), ("old", _I)]
+                *((k, _P) for k in ("place", "same", "order")), ("old", _I), ("before", _P), ("twins", _P), ("mask", _I)]
 
 class BooksC(ctypes.Structure):
     "`Books` of light.c"
@@ -83,7 +83,7 @@ class BooksC(ctypes.Structure):
 
 class VectorsC(ctypes.Structure):
     "`Vectors` of light.c"
-    _fields_ = [("data", _P), *((k, _I) for k in ("half", "views", "width", "rows", "k")), ("out", _P), ("score", _P)]
+    _fields_ = [*((k, _P) for k in ("data", "more", "slot")), *((k, _I) for k in ("first", "half", "views", "width", "k", "patience")), ("out", _P), ("score", _P)]
 
 # %% ../../nbs/16e_decode_native.ipynb #bbaa29e9
 _lock, _known = threading.Lock(), {}
