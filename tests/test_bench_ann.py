@@ -10,7 +10,7 @@ from grnb.bench import Method, Ratio, parts_of, peers as peer_module, pools, rac
 from grnb.bench import ann, real
 from grnb.bench.ann import bench_ann
 from grnb.bench.peers import GRAPHS, LISTED, SCANNED, Peers, index_bytes, lists_for, variants
-from grnb.bench.pools import Pool, Setting, fastest, light_form, light_settings, made_pool, nearest, peer_settings
+from grnb.bench.pools import Codes, Pool, Setting, fastest, light_form, light_settings, made_pool, nearest, peer_settings
 from grnb.bench.races import better_in_all, crossings, median, ours_at, rivals_at, verdict_faster, verdict_frontier, verdict_large
 from grnb.core import import_faiss
 from grnb.report import load_results
@@ -58,23 +58,24 @@ def test_large_pools_are_half_precision_and_share_codebooks(tmp_path, monkeypatc
     monkeypatch.setattr(pools, 'SINGLE', 1500); monkeypatch.setattr(pools, 'TRAIN', 1000)
     small, large = (made_pool('clustered', n, tmp_path, queries=20) for n in (1500, 2000))
     assert small.x.dtype == np.float32 and large.x.dtype == np.float16 and isinstance(large.x, np.memmap)
-    books = small.codes(16)[1]
-    codes, same = large.codes(16)
+    books = small.codes(Codes(16))[1]
+    codes, same = large.codes(Codes(16))
     assert all(np.array_equal(a, b) for a, b in zip(books, same)) and codes.shape == (2000, 8)
-    assert np.mean(codes[:1500, 0] == small.codes(16)[0][:, 0]) > .97                                   # rounding moves few
-    assert light_form(large, 16).bytes['vectors'] == 1024
+    assert np.mean(codes[:1500, 0] == small.codes(Codes(16))[0][:, 0]) > .97                                   # rounding moves few
+    assert light_form(large, Codes(16)).bytes['vectors'] == 1024
 
 
 def test_whitened_codes_are_a_form_of_their_own(tmp_path):
     "Files, codes and names differ; an older file without more than codes and codebooks is read"
     pool = made_pool('clustered', 1000, tmp_path, queries=20)
-    assert not pool.has(16, 2.)
-    codes, books = pool.codes(16, 2.)
-    assert pool.has(16, 2.) and not pool.has(16) and not pool.has(16, 1.) and (tmp_path/'codes-clustered-1000-16-w2.0.safetensors').exists()
+    file = lambda *of: (tmp_path/pools._codes_file(pool, Codes(*of)).name).exists()
+    assert not file(16, 2.)
+    codes, books = pool.codes(Codes(16, 2.))
+    assert file(16, 2.) and not (file(16) or file(16, 1.) or file(16, 2., 9)) and (tmp_path/'codes-clustered-1000-16-w2.0.safetensors').exists()
     made = WhitenedKMeans((16,) + (256,) * 7, 8, 2.).fit(pool.train())
     assert np.array_equal(made.encode(pool.x), codes) and all(np.array_equal(a, b) for a, b in zip(made.codebooks, books))
-    assert not np.array_equal(pool.codes(16)[0][:, 1:], codes[:, 1:])
-    names = [f.name for f in races.each_form(pool, ((16, 0.), (16, 2.)), (8,), (64,))]
+    assert not np.array_equal(pool.codes(Codes(16))[0][:, 1:], codes[:, 1:])
+    names = [f.name for f in races.each_form(pool, (Codes(16), Codes(16, 2.)), (0,), (64,))]
     assert ['whitened 2' in n for n in names] == [False, True]
 
 
@@ -86,14 +87,13 @@ def test_both_sides_rerank_from_the_same_memory(tmp_path):
 
 
 def test_codes_that_a_pool_is_tried_with(tmp_path, monkeypatch):
-    "Whitened ones are among those of clustered; plain ones of a large pool only where they are there; built indexes only when asked so"
+    "Whitened ones are among those of clustered, longer ones those of a large pool; built indexes only when asked so"
     class Fake:
         data = 'clustered'
-        def __init__(self, n, there): self.n, self.there = n, there
+        def __init__(self, n): self.n = n
         def __len__(self): return self.n
-        def has(self, first, power=0.): return self.there
-    assert ann._tried(Fake(1000, False)) == ann.SMALL and ann._tried(Fake(10 ** 6, False)) == ann.TRIED['clustered']
-    assert ann._tried(Fake(10 ** 7, False)) == ((2048, 2.),) and ann._tried(Fake(10 ** 7, True)) == ann.TRIED['clustered']
+    assert ann._tried(Fake(1000)) == ann.SMALL and ann._tried(Fake(10 ** 6)) == ann.TRIED['clustered'] and ann._tried(Fake(10 ** 7)) == ann.LARGE
+    assert any(of.power for of in ann.TRIED['clustered']) and ann.LARGE[0].levels > max(of.levels for of in ann.TRIED['clustered'])
     pool = made_pool('clustered', 1000, tmp_path, queries=20)
     (tmp_path/'clustered-1000-HNSW32.faiss').touch()
     assert ann._names(pool, dict(peers=races.PEERS, built=True)) == ['HNSW32'] and ann._names(pool, dict(peers=races.PEERS, built=False), races.SHORT) == [p for p in races.PEERS if p in races.SHORT]
@@ -144,7 +144,7 @@ def test_a_refine_by_rows_is_the_refine_of_faiss(pool, exact):
 
 def test_the_recall_of_a_setting_is_what_it_has(pool, exact):
     "One long list gives the recall of every number of candidates"
-    form, goals = light_form(pool, 64), (.7, .9)
+    form, goals = light_form(pool, Codes(64)), (.7, .9)
     found = light_settings(form, goals) + peer_settings(pool, 'IVF-PQ8', pool.peers()['IVF-PQ8'], exact, goals) + peer_settings(pool, 'HNSW32', pool.peers()['HNSW32'], exact, goals)
     assert {s.index for s in found} == {form.name, 'IVF-PQ8', 'HNSW32'}
     for s in found:
@@ -250,7 +250,7 @@ def test_a_killed_run_resumes_and_is_stored(tmp_path, monkeypatch):
     "A pool and a large one; measured pieces are not measured again, and leave when all is done"
     monkeypatch.setattr(ann, 'CURVE_BEAMS', (5,)); monkeypatch.setattr(ann, 'package_mark', lambda: '')
     monkeypatch.setattr(races, '_learned', lambda pool, beams: {b: Method(f'{races.LEARNED} {b}', lambda q: nearest(q, pool.x), parts_of(1, codes=4)) for b in beams})
-    monkeypatch.setattr(ann, 'GOALS', (.95, .97, .99)); monkeypatch.setattr(races, 'light_settings', partial(light_settings, beams=(50, 400))); monkeypatch.setattr(ann, 'SMALL', ((64, 0.),))
+    monkeypatch.setattr(ann, 'GOALS', (.95, .97, .99)); monkeypatch.setattr(races, 'light_settings', partial(light_settings, beams=(50, 400))); monkeypatch.setattr(ann, 'SMALL', (Codes(64),))
     monkeypatch.setattr(pools, 'SINGLE', 1000); monkeypatch.setattr(races, 'SINGLE', 1000); monkeypatch.setattr(races, 'ROOM', 1e6)
     monkeypatch.setattr(pools, 'MOST', 64); monkeypatch.setattr(pools, 'quiet', nullcontext)              # collecting garbage takes longer than these searches
     said, measured, measure = [], [], races.measure
