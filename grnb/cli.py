@@ -262,7 +262,7 @@ def _judge(hits, qrels, k):
     r = ranks(hits.ids, qrels)
     print(f"{len(r):,} queries: " + ", ".join(f"R@{n} {recall(r, n).mean():.3f}" for n in sorted({1, 5, 10, k}) if n <= k) + f", MRR@{k} {mrr(r, k).mean():.3f}")
 
-# %% ../nbs/24_cli.ipynb #437bc3ba
+# %% ../nbs/24_cli.ipynb #ace49fa9
 @_command(
     _arg("--model", required=True, help="folder of an indexed model"), *_TASK, _split("test"),
     _arg("--queries", help="vectors (Q, D): .npy, .safetensors; or texts in a .txt, one a line"),
@@ -270,7 +270,7 @@ def _judge(hits, qrels, k):
     _arg("--beam", type=int, default=200, help="width of the search, in IDs (default 200)"),
     _arg("--candidates", type=int, default=50, help="items reranked (default 50)"),
     _arg("--no-rerank", action="store_true", help="order by the beam's score"),
-    _arg("--filter", help="search only these ids of the pool: integers or strings in a .npy, or strings in a .txt, one a line"),
+    _arg("--filter", help="search only these ids, never the rest: integers or strings in a .npy, or strings in a .txt, one a line; an id that is not in the pool is an error. Masks and named filters are given in Python"),
     _arg("--device", default="auto", help="auto (default), cpu, cuda"),
     _arg("--out", help="file to write: .jsonl, .npz, or any other name for a TREC run (default: print)"),
 )
@@ -383,12 +383,13 @@ def _reproduce(args):
         reproduce(task=args.task, full=args.full, folder=folder)
     _report(args)
 
-# %% ../nbs/24_cli.ipynb #6b5e889b
+# %% ../nbs/24_cli.ipynb #3ffe966f
 def parser() -> argparse.ArgumentParser:
     "The parser of all commands"
     from grnb import __version__
     top = _Parser(prog="grnb", description="Generative retrieval: items to codes to semantic IDs to constrained beams to ranked lists.",
-                  epilog="`grnb COMMAND --help` lists a command's arguments. GRNB_DATA names the folder of real data; GRNB_DEBUG=1 shows the traceback of an error.")
+                  epilog="`grnb COMMAND --help` lists a command's arguments. GRNB_DATA names the folder of real data; GRNB_DEBUG=1 shows the traceback of an error; "
+                         "GRNB_KERNEL, c or numba, picks the light decoder's kernel (default c where a compiler is found).")
     top.add_argument("--version", action="version", version=f"grnb {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (run, arguments) in _COMMANDS.items():

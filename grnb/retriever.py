@@ -138,7 +138,7 @@ def _setstate(self, state):
 
 GenerativeRetriever.__copy__, GenerativeRetriever.__getstate__, GenerativeRetriever.__setstate__ = _copy, _getstate, _setstate
 
-# %% ../nbs/20_retriever.ipynb #aff4793e
+# %% ../nbs/20_retriever.ipynb #077e634c
 def _is_text(queries): return isinstance(queries, (str, list, tuple, np.ndarray)) and len(queries) > 0 and isinstance(queries[0], str)
 
 def _need(self, pool=False):
@@ -153,8 +153,8 @@ def _need(self, pool=False):
 def _encode(fitted, items):
     "Unit vectors and codes of checked items"
     items = unit(as_vectors(items, "items", (2, 3), fitted.facts["item_width"]), "items")
-    v = fitted.items(items) if len(items) else np.zeros((0, fitted.quantizer.codebooks[0].shape[1]), np.float32)
-    return v, fitted.quantizer.encode(v)
+    v = fitted.items(items if len(items) else np.ones((1, *items.shape[1:]), np.float32))                 # of no items too, vectors and codes have their shapes
+    return v[:len(items)], fitted.quantizer.encode(v)[:len(items)]
 
 # %% ../nbs/20_retriever.ipynb #5348cb20
 def index(self,
@@ -171,12 +171,12 @@ def index(self,
         self._changes.reset()
     return self
 
-# %% ../nbs/20_retriever.ipynb #2ac1bf65
+# %% ../nbs/20_retriever.ipynb #32a4cae1
 def add(self,
-    items,  # float (M, D) or (M, V, D)
+    items,  # float (M, D) or (M, V, D); where all vectors of an item are kept, as many as in the pool
     ids,    # M ids that the pool does not have, of its kind
 ) -> GenerativeRetriever:
-    "Add items to the pool; ValueError where an id is taken or of another kind"
+    "Add items to the pool; ValueError where an id is taken or of another kind, or items have another number of vectors"
     fitted, _ = _need(self, pool=True)
     v, codes = _encode(fitted, items)
     if ids is None: raise ValueError("ids: expected one for every added item, got None")

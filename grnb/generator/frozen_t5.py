@@ -98,11 +98,12 @@ class FrozenHF(Frozen):
         ids, mask = (torch.as_tensor(x).long().to(self.device) for x in queries)
         return self.begin(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
 
-# %% ../../nbs/15e_generator_frozen_t5.ipynb #15b4a8f2
+# %% ../../nbs/15e_generator_frozen_t5.ipynb #da4bd829
 def freeze(
-    generator,              # any of ours
+    generator,              # any of ours, or one with a method `frozen(precision)`
     precision: str="fp32",  # of the decoder's products
 ):
     "The fastest form of a generator for search"
+    if hasattr(generator, "frozen"): return generator.frozen(precision)
     kind = FrozenPrefix if isinstance(generator, PrefixGenerator) else FrozenT5 if isinstance(generator, T5Generator) else None
     return kind(generator, precision) if kind else generator
