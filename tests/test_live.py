@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from grnb.decode.beam import beam_search
 from grnb.decode.expand import expand
 from grnb.decode.light import LightDecoder
-from grnb.ids.make import SemanticIDs
+from grnb.ids.make import SemanticIDs, make_ids
 from grnb.trie.kept import NOTHING, any_kept, as_bits, as_bools, extended, is_kept, kept_of, some_of, span
 from grnb.trie.layout import LEARNED_SCAN, Trie
 from grnb.trie.live import LiveTrie, _places
@@ -127,6 +127,19 @@ def test_merged_is_the_trie_built_anew(given):
         return
     a, b = w.live.merged().arrays(), Trie.build(w.ids(), w.live.base.scan).arrays()
     for k in a: assert np.array_equal(a[k], b[k]), k
+
+
+@pytest.mark.parametrize('scan', [0, LEARNED_SCAN])
+def test_a_prefix_that_lost_its_items_and_got_new_ones_is_one_child(scan):
+    "Entries are taken to be alive until they win: then the search is made again, and their twins in the side trie count"
+    base = Trie.build(make_ids(np.array([[0, 0], [1, 1], [1, 2], *[[2, c] for c in range(3)]]), (4, 3)), scan)
+    live = LiveTrie(base).remove([0, 1, 2]).add([[0, 0], [0, 1], [3, 0]], [6, 7, 8])
+    for width in (1, 2, 4, 9):
+        root = live.advance(live.root(1), torch.tensor([[[3., 2., 1., 3.]]]), 0, width)
+        alive = root.scores > -torch.inf
+        assert root.code[alive].tolist() == [0, 3, 2][:width]
+    ids = live.advance(root, torch.zeros(1, root.scores.shape[1], 3), 1, 9)
+    assert live.spell(ids.lo[ids.scores > -torch.inf].numpy()).tolist() == [[0, 0], [0, 1], [3, 0], [2, 0], [2, 1], [2, 2]]
 
 
 def test_snapshots_do_not_change():

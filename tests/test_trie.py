@@ -1,5 +1,8 @@
 """The trie against brute force over the set of IDs: the sort, the layout, the step on both paths, and files that are damaged or lie."""
+import copy
+import pickle
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,11 +11,12 @@ from hypothesis import given, settings, strategies as st
 
 from grnb.core import load_arrays, save_arrays
 from grnb.ids.make import SemanticIDs, make_ids
+from grnb.trie.beams import Beams, results
 from grnb.trie.build import sort_postings
 from grnb.trie.check import _digest, _frozen, checksum, seal
 from grnb.trie.layout import LEARNED_SCAN, Trie
 from grnb.trie.select import best, kth_largest, passing, rank_key, ranked
-from grnb.trie.step import Beams, _advance_tensor, _mask_tensor, advance, lower, run_end
+from grnb.trie.step import _advance_tensor, _mask_tensor, advance, lower, run_end
 
 fast = settings(max_examples=200, deadline=None)
 SCANS = [0, 1, 3, 64, 4096, LEARNED_SCAN]
@@ -299,6 +303,58 @@ def test_scores_that_are_no_numbers():
     with pytest.raises(ValueError, match='at least 6 codes, got'): trie.advance(trie.root(1), steps[..., 1:], 0, 2)
 
 
+def walked(trie, steps, width=20):
+    "Beams after all levels"
+    beams = trie.root(len(steps[0]))
+    for level, s in enumerate(steps): beams = trie.advance(beams, s[:, :beams.scores.shape[1]], level, width)
+    return beams
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))], ids=['copy', 'pickle'])
+def test_a_copy_outlives_what_it_was_copied_from(copied):
+    "Addresses kept from steps before belong to the arrays of the original"
+    g = np.random.default_rng(0)
+    trie = Trie.build(make_ids(g.integers(0, 40, (5000, 3)), (40,) * 3), 64)
+    steps = [torch.from_numpy(g.normal(size=(2, 20, 40)).astype(np.float32)) for _ in range(3)]
+    want = walked(trie, steps)
+    other = copied(trie)
+    for k in ('tail', 'code', 'lo', 'hi', 'first'):                            # the original's arrays, still mapped, now say something else
+        a = getattr(trie, k)
+        a = a if a.base is None else a.base
+        a.flags.writeable = True
+        a[:] = 0
+    assert all(torch.equal(x, y) for x, y in zip(walked(other, steps)[:6], want[:6]))
+
+
+@pytest.mark.parametrize('inference', [False, True])
+def test_results_are_given_to_one_taker(inference):
+    "By many threads at once; in a mode they can be used in; and they stay what they were while more are made"
+    def take(_):
+        with torch.inference_mode(inference): return [results(2, 3, side=True) for _ in range(100)]
+    with ThreadPoolExecutor(16) as pool: taken = [r for many in pool.map(take, range(16)) for r in many]
+    for i, (beams, *_) in enumerate(taken):
+        assert all(t.is_inference() == inference for t in beams)
+        with torch.inference_mode(inference):
+            for t in beams: t.fill_(i)
+    assert all((t == i).all() for i, (beams, *_) in enumerate(taken) for t in beams)
+
+
+def test_beams_that_do_not_fit():
+    "Other types and strides are converted, other shapes refused: the compiled step reads by address"
+    g = np.random.default_rng(0)
+    trie = Trie.build(make_ids(g.integers(0, 9, (500, 3)), (9,) * 3), 5)
+    beams = trie.advance(trie.root(3), torch.from_numpy(g.normal(size=(3, 1, 9)).astype(np.float32)), 0, 6)
+    steps = torch.from_numpy(g.normal(size=(3, 6, 9)).astype(np.float32))
+    want = trie.advance(beams, steps, 1, 6)
+    strided = Beams(*(x.T.contiguous().T for x in beams[:6]))
+    typed = Beams(beams.scores.double(), *(x.int() for x in beams[1:6]))
+    for odd, s in ((strided, steps.transpose(0, 1).contiguous().transpose(0, 1)), (typed, steps.double())):
+        assert all(torch.equal(x, y) for x, y in zip(trie.advance(odd, s, 1, 6)[:6], want[:6]))
+    for k in ('lo', 'hi', 'node'):
+        with pytest.raises(ValueError, match='beams: expected shape'): trie.advance(beams._replace(**{k: beams.lo[:, :5]}), steps, 1, 6)
+    with pytest.raises(ValueError, match='steps: expected scores of'): trie.advance(beams, steps[:, :5], 1, 6)
+
+
 def test_dead_beams_stay_dead():
     trie = Trie.build(make_ids(np.array([[0, 0], [1, 1]]), (2, 2)))
     dead = trie.root(1)
@@ -316,7 +372,7 @@ def test_selection_is_that_of_sorting(values, data):
     assert kth_largest(v.copy(), k) == sorted(values, reverse=True)[k - 1]
     want = sorted(range(len(v)), key=lambda i: (-v[i], lo[i]))[:k]
     assert best(v, lo, k).tolist() == want
-    key, slot = np.array([rank_key(b, l) for b, l in zip((v + np.float32(0)).view(np.uint32), lo)], np.uint64), np.arange(len(v))
+    key, slot = np.array([rank_key(x, l) for x, l in zip(v, lo)], np.uint64), np.arange(len(v))
     assert ranked(key, slot, len(v), k) == k and slot[:k].tolist() == want
     hits = np.empty(len(v), np.int64)
     assert hits[:passing(v, np.float32(.5), np.float32(k - 3), hits)].tolist() == np.flatnonzero(v + .5 >= k - 3).tolist()

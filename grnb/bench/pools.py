@@ -120,10 +120,10 @@ def made_pool(
     q = np.array(stored(asked, lambda: vectors(kind, 1, 0, 2 * queries)[1], write_array, _load))
     return Pool(f"{kind}-{n}", _load(path)[:n], q[:queries], q[queries:], place, kind)
 
-# %% ../../nbs/22g_bench_pools.ipynb #cc97fdb3
-BEAMS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 50, 100, 200, 400, 1000, 2000)
-PATIENCE = (0, 10, 20, 30, 50, 80)    # candidates in a row that may fail before no more vectors are read; 0: all are read
-HANDED = (10, 20, 30, 40, 50, 60, 70, 80, 100, 120, 150, 200, 300, 400, 700, 1000)
+# %% ../../nbs/22g_bench_pools.ipynb #906db446
+BEAMS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 50, 100, 150, 200, 400, 1000, 2000)
+PATIENCE = (0, 10, 20, 30, 50, 80, 120, 200)    # candidates in a row that may fail before no more vectors are read; 0: all are read
+HANDED = (10, 20, 30, 40, 50, 60, 70, 80, 100, 120, 150, 200, 300, 400, 500, 600, 700, 1000)
 
 class Form(NamedTuple):
     "One form of the light decoder over a pool"

@@ -111,27 +111,27 @@ def _radix(keys, rows, bits, spare_keys, spare_rows, both, count):
     if moved:
         for i in range(n): c[i], d[i] = a[i], b[i]
 
-# %% ../../nbs/14_trie_build.ipynb #ca5960c2
+# %% ../../nbs/14_trie_build.ipynb #fd38b7b6
 @numba.njit(nogil=True, cache=True)
-def _level(x, least):
-    "The level of the highest bit of x, L for 0; least[l] is the lowest bit of level l, and the last one 0"
-    l = 0
-    while x < least[l]: l += 1
-    return l
+def _differing(keys, least):
+    "How many keys differ from the one before in the bit `least` or a higher one"
+    n = 0
+    for i in range(1, len(keys)): n += (keys[i] ^ keys[i - 1]) >= least         # runs on vectors
+    return n
 
 @numba.njit(nogil=True, cache=True)
-def _sort(first, stop, begin, bits, least, keys, rows, spare_keys, spare_rows, most, seen):
-    "Sort buckets first…stop, and count in `seen` at which level postings first differ from those before; not for the very first"
-    count, last = np.empty(2048, np.int64), np.uint64(0)
+def _sort(first, stop, begin, bits, least, low, keys, rows, spare_keys, spare_rows, most, upper):
+    "Sort buckets first…stop, and count in `upper` how many postings differ from those before at each level or a higher one; not for the very first; `low`: `least` in the type of the keys"
+    count, last, rest = np.empty(2048, np.int64), np.uint64(0), np.uint64(1) << np.uint64(bits)
     for b in range(first, stop):
         s, e = begin[b], begin[b + 1]
         if s == e: continue
         _radix(keys[s:e], rows[s:e], bits, spare_keys, spare_rows, e - s <= most, count)
-        base = np.uint64(b) << np.uint64(bits)
-        for i in range(s, e):
-            key = base | np.uint64(keys[i])
-            if i > begin[first]: seen[_level(key ^ last, least)] += 1
-            last = key
+        own, base = keys[s:e], np.uint64(b) << np.uint64(bits)
+        for l in range(len(upper) - 1):
+            if s > begin[first]: upper[l] += ((base | np.uint64(own[0])) ^ last) >= least[l]
+            if least[l] < rest: upper[l] += _differing(own, low[l])
+        last = base | np.uint64(own[-1])
 
 # %% ../../nbs/14_trie_build.ipynb #2a2ec291
 class Sorted(NamedTuple):
@@ -143,19 +143,20 @@ class Sorted(NamedTuple):
     bits: np.ndarray   # uint64 (L,) bits a level takes
     least: np.ndarray  # uint64 (L+1,) lowest bit of every level in a packed ID, then 0
 
-# %% ../../nbs/14_trie_build.ipynb #3cb1e956
+# %% ../../nbs/14_trie_build.ipynb #0ad2e822
 def _sort_buckets(begin, rest, least, keys, rows):
     "Sort all buckets, some on each core; how many postings differ from the one before first at each level"
     shares, total = [], np.zeros(len(least), np.int64)
     def share(start, stop):                                                    # the buckets that begin between two postings
         a, b = np.searchsorted(begin, (start, stop))
         if begin[a] == begin[b]: return
-        largest, seen = int(np.diff(begin[a:b + 1]).max()), np.zeros(len(least), np.int64)
+        largest, upper = int(np.diff(begin[a:b + 1]).max()), np.zeros(len(least), np.int64)
         most = min(largest, max((stop - start) // 16, 4096))                   # larger buckets move one array at a time
         room = max(most * (keys.itemsize + rows.itemsize), largest * max(keys.itemsize, rows.itemsize))
         spare = np.empty(-(-room // 8), np.uint64)
-        _sort(a, b, begin, rest, least, keys, rows, spare.view(keys.dtype), spare.view(rows.dtype), most, seen)
-        shares.append((int(begin[a]), seen))
+        _sort(a, b, begin, rest, least, least.astype(keys.dtype), keys, rows, spare.view(keys.dtype), spare.view(rows.dtype), most, upper)
+        upper[-1] = begin[b] - begin[a] - 1
+        shares.append((int(begin[a]), np.diff(upper, prepend=0)))
     in_threads(share, len(keys), 1 << 17)
     key = lambda p: (int(np.searchsorted(begin, p, "right")) - 1) << rest | int(keys[p])
     for p, seen in shares:
@@ -215,22 +216,25 @@ def sort_postings(
     if tokens.min() < 0 or (tokens >= np.array(sizes)).any(): raise ValueError(f"ids: expected tokens from 0 and below {tuple(sizes)}, got {tokens.min()} to {tokens.max(0).tolist()}")
     return _by_words(tokens, rows, sizes, dtype)
 
-# %% ../../nbs/14_trie_build.ipynb #02f657a2
+# %% ../../nbs/14_trie_build.ipynb #f29beec0
 @numba.njit(nogil=True, cache=True)
 def _leaves(keys, begin, rest, least, shift, mask, head, at, width, tail, extra, room, code, lo):
     "Columns of levels head… into `tail`, a leaf number a further posting into `extra`, prefixes of 1…head codes into `code` and `lo` from `room`"
-    L, j, n, last = len(shift), -1, 0, np.uint64(0)
+    L, j, n, last, opened = len(shift), -1, 0, np.uint64(0), least[head - 1] if head else np.uint64(0xffffffffffffffff)
     for b in range(len(begin) - 1):
         base = np.uint64(b) << rest
         for i in range(begin[b], begin[b + 1]):
             key = base | np.uint64(keys[i])
-            if i and key == last:
+            unlike = key ^ last
+            if i and unlike == 0:
                 extra[n] = j
                 n += 1
                 continue
-            for l in range(_level(key ^ last, least) if i else 0, head):
-                code[room[l]], lo[room[l]] = (key >> shift[l]) & mask[l], j + 1
-                room[l] += 1
+            if unlike >= opened or i == 0:                                      # a prefix of at most `head` codes begins
+                for l in range(head):
+                    if i and unlike < least[l]: continue
+                    code[room[l]], lo[room[l]] = (key >> shift[l]) & mask[l], j + 1
+                    room[l] += 1
             j, last = j + 1, key
             for l in range(head, L):
                 c = (key >> shift[l]) & mask[l]
