@@ -299,11 +299,11 @@ def fingerprint(
         else: h.update(json.dumps(p, sort_keys=True, default=str).encode())
     return h.hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #42b1a7c2
+# %% ../nbs/00_core.ipynb #3efc36cb
 def package_mark() -> str:
     "A fingerprint of the package itself, sources and weights: what was measured with another version is not mixed with this one"
     here = Path(__file__).parent
-    return fingerprint(*[hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(here.rglob("*")) if f.suffix in (".py", ".safetensors")])
+    return fingerprint(*[hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(here.rglob("*")) if f.suffix in (".py", ".c", ".safetensors")])
 
 # %% ../nbs/00_core.ipynb #f0b1b6c6
 def as_folder(

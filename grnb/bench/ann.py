@@ -19,7 +19,7 @@ from ..report import cell, provenance, save_results
 # %% auto #0
 __all__ = ['bench_ann']
 
-# %% ../../nbs/22gc_bench_ann.ipynb #89e1393a
+# %% ../../nbs/22gc_bench_ann.ipynb #d92bd55a
 REAL, SMALL = "flickr8k", (Codes(256),)
 TRIED = dict(clustered=(Codes(2048), Codes(2048, 2., 10)), ood=(Codes(4096),), many=(Codes(4096), Codes(2048, 2.)))
 LARGE = (Codes(2048, 2., 12),)            # in the large pool the ten nearest lie among more near ones: they take longer codes to tell apart
@@ -38,6 +38,7 @@ def _raced(pool, goals, names, how): return race(pool, goals, _tried(pool), name
 
 def _beamed(pool, how):
     if len(pool) <= SINGLE: pool.exact()
+    else: pool.warm()
     return beam_curve(pool, how["mark"], how["timed"], how["beams"], _tried(pool)[-1])
 
 def _sizes(n): return [s for s in (10 ** e for e in range(3, 12)) if s < n] + [n]

@@ -86,9 +86,9 @@ def index_bytes(
     kept = "vectors" if codes == n * 4 * D else "codes"                  # a graph, and flat lists, keep the vectors themselves
     return parts_of(n, rows=rows, fixed=fixed, structure=max(0, size - codes - rows - fixed), **{kept: codes})
 
-# %% ../../nbs/22a_bench_peers.ipynb #a72fe8e8
-PROBES, WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256), (16, 32, 64, 128, 256, 512, 1024)
-REFINED = (20, 30, 40, 50, 60, 70, 80, 100, 120, 150, 200, 300, 400, 800, 1600, 3200)
+# %% ../../nbs/22a_bench_peers.ipynb #20b8532d
+PROBES, WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256), (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+REFINED = (20, 30, 40, 50, 60, 70, 80, 100, 120, 150, 200, 300, 400, 500, 600, 800, 1000, 1600, 3200)
 EXACT = "exact dense (faiss flat)"
 
 def variants(

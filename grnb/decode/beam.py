@@ -42,7 +42,7 @@ def _free(B, W, K, width, scores, steps, out, out_scores):
             out_scores[b, i] = key_score(key[i]) if i < n else -np.inf
             out[0, b, i], out[1, b, i], out[2, b, i], out[3, b, i], out[4, b, i] = child >> 16, child & 0xffff, 0, 0, 0
 
-# %% ../../nbs/16_decode_beam.ipynb #62910a82
+# %% ../../nbs/16_decode_beam.ipynb #29a1e501
 class FreeCodes:
     "A trie's place taken by no constraint at all: every code of a level may follow every prefix"
     def __init__(self, sizes): self.sizes, self.levels = tuple(sizes), len(sizes)
@@ -52,6 +52,7 @@ class FreeCodes:
     def advance(self, beams, steps, level, width):
         "The `width` best of all extensions, dead beams last; ties by lower beam, then lower code, on the CPU"
         B, W, K = steps.shape
+        if W * K > 1 << 32: raise ValueError(f"steps: expected at most 2^32 scores a query, got {W * K:,}")
         if not steps.is_cpu:
             scores, at = (beams.scores[..., None] + steps).flatten(1).topk(min(width, W * K), dim=1)
             z = torch.zeros_like(at)

@@ -322,7 +322,7 @@ def search(self,
     need = most if view.several else want
     return _wide(expand(*self._in_numba(view, q, beam, most, need, need * len(view.parts)), self.trie if live is None else live, want), width)
 
-# %% ../../nbs/17_decode_light.ipynb #8293805c
+# %% ../../nbs/17_decode_light.ipynb #2ef816a5
 def nearest(self,
     queries,              # (Q, D) float, unit rows
     vectors,              # (N, D) or (N, V, D) float32 or float16, unit rows; a memory map will do, and so will an object with `parts()`: two arrays, and slots of rows
@@ -342,7 +342,7 @@ def nearest(self,
     rows, out, score = self.search(q, beam, want, live)[0], np.full((len(q), k), -1, np.int64), np.full((len(q), k), -np.inf, np.float32)
     for i, mine in enumerate(rows):
         mine = mine[mine >= 0]
-        s = (vectors[mine].astype(np.float32).reshape(len(mine), -1, q.shape[1]) @ q[i]).max(1) if len(mine) else np.zeros(0, np.float32)
+        s = np.nan_to_num(vectors[mine].astype(np.float32).reshape(len(mine), -1, q.shape[1]) @ q[i], nan=-np.inf, posinf=np.inf, neginf=-np.inf).max(1) if len(mine) else np.zeros(0, np.float32)
         top = best_read(s, order_of(live, mine), min(k, want), patience or want)
         out[i, :len(top)], score[i, :len(top)] = mine[top], s[top]
     return out, score

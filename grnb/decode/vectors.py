@@ -40,16 +40,17 @@ def order_of(
     key[new] = live.key[rows[new] - live.base_rows]
     return key
 
-# %% ../../nbs/16f_decode_vectors.ipynb #f1d7bfa1
+# %% ../../nbs/16f_decode_vectors.ipynb #53b6de40
 def parts_of(
-    vectors,     # (N, D) or (N, V, D), or an object with `parts()` over two such arrays and slots
+    vectors,     # (N, D) or (N, V, D), or an object with `parts()` over two such arrays and slots, which are trusted to lie within them
     width: int,  # D
     items: int,  # rows that there must be
 ) -> tuple:      # base array, array of more rows or None, slots int64 (N,) or None
     "The arrays of vectors; ValueError where they cannot be read as they are"
     base, more, slot = vectors.parts() if hasattr(vectors, "parts") else (vectors, None, None)
     more = more if more is not None and len(more) else None
-    if (base.ndim not in (2, 3) or base.dtype not in (np.float32, np.float16) or base.shape[-1] != width or len(vectors) < items or not base.flags.c_contiguous
+    slot = np.ascontiguousarray(slot, np.int64) if slot is not None and len(slot) else None
+    if (base.ndim not in (2, 3) or 0 in base.shape[1:] or base.dtype not in (np.float32, np.float16) or base.shape[-1] != width or len(vectors) < items or not base.flags.c_contiguous
         or (more is not None and (more.dtype != base.dtype or more.shape[1:] != base.shape[1:] or not more.flags.c_contiguous))):
         raise ValueError(f"vectors: expected float32 or float16 of shape (N, {width}) or (N, V, {width}) with a row for each of {items} items, got {vectors.dtype} {vectors.shape}")
-    return base, more, slot if slot is not None and len(slot) else None
+    return base, more, slot

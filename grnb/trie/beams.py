@@ -75,13 +75,13 @@ def fitting(
     if x.shape != shape or not x.is_cpu: raise ValueError(f"beams: expected shape {tuple(shape)} on the processor, got {tuple(x.shape)} on {x.device}")
     return x.to(dtype).contiguous()
 
-# %% ../../nbs/14a_trie_beams.ipynb #31468bc9
+# %% ../../nbs/14a_trie_beams.ipynb #4dda27e4
 _ready, _SHAPES, _MOST = {}, 16, 1 << 16     # shape and mode → results not given out yet; of how many shapes; bytes in a piece
 
 def _make(B, width, side):
     "Results for several steps: beams, and where the integers, the scores and the side ranges are to be written"
     each = B * width
-    n = max(1, min(16, _MOST // (each * (68 if side else 44))))
+    n = max(1, min(16, _MOST // max(1, each * (68 if side else 44))))
     whole, scores, ranges = np.empty((5 * n, B, width), np.int64), np.empty((n, B, width), np.float32), np.empty((n if side else 0, B, width, 3), np.int64)
     ints, floats = torch.from_numpy(whole).unbind(), torch.from_numpy(scores).unbind()
     sides = torch.from_numpy(ranges).unbind() if side else [None] * n

@@ -254,7 +254,7 @@ def _planned(live, level):
     live._plans[level] = _calls[kinds], at, size, kept
     return live._plans[level]
 
-# %% ../../nbs/14c_trie_live.ipynb #f499f0ab
+# %% ../../nbs/14c_trie_live.ipynb #3c98a99a
 def advance(self,
     beams: Beams,         # (B, W)
     steps: torch.Tensor,  # (B, W, K) float32 score of every code of this level
@@ -269,6 +269,8 @@ def advance(self,
     call, plan, size, _ = self._plans.get(level) or _planned(self, level)
     (B, W, K), shape = steps.shape, beams.scores.shape
     if (B, W) != shape or K < size: raise ValueError(f"steps: expected scores of {tuple(shape)} beams and at least {size} codes, got {(B, W, K)}")
+    if W * K > 1 << 32: raise ValueError(f"steps: expected at most 2^32 scores a query, got {W * K:,}")
+    if level == 0 and W != 1: raise ValueError(f"beams: expected the one root a query at level 0, got {W}")
     scores, lo, hi, node = fitting(beams.scores, torch.float32, shape), fitting(beams.lo, torch.int64, shape), fitting(beams.hi, torch.int64, shape), fitting(beams.node, torch.int64, shape)
     side, steps, (new, *out) = fitting(beams.side, torch.int64, (B, W, 3)), fitting(steps, torch.float32, steps.shape), results(B, width, True)
     given = B, W, K, width, scores.data_ptr(), lo.data_ptr(), hi.data_ptr(), node.data_ptr(), side.data_ptr(), steps.data_ptr(), *out

@@ -125,7 +125,7 @@ def _called(column, code, first):
                  numba.carray(pointer(out, _LONG), (5, B, width)), numba.carray(pointer(out_scores, _FLOAT), (B, width)))
     return call
 
-# %% ../../nbs/14b_trie_step.ipynb #4af22372
+# %% ../../nbs/14b_trie_step.ipynb #de6722b4
 _EMPTY = np.zeros(0, np.uint8)
 _EMPTY.flags.writeable = False
 _calls = {}                                                                    # types → compiled function
@@ -138,12 +138,12 @@ def _at(trie, level):
 def _planned(trie, level):
     "The compiled function of a level, the address of what it needs, and the codes of the level; kept"
     column = _at(trie, level)
-    if "_plans" not in trie.__dict__: trie._plans = Plans()
+    plans = trie.__dict__.setdefault("_plans", Plans())                        # two threads may both plan; they keep one table
     kinds = tuple(a.dtype.type for a in (column, trie.code, trie.first))
     if kinds not in _calls: _calls[kinds] = _called(*kinds)
     at, kept = addresses((column, trie.code, trie.lo, trie.hi, trie.first), len(column), len(trie.code), trie.sizes[level])
-    trie._plans[level] = _calls[kinds], at, trie.sizes[level], kept
-    return trie._plans[level]
+    plans[level] = made = _calls[kinds], at, trie.sizes[level], kept
+    return made
 
 # %% ../../nbs/14b_trie_step.ipynb #7d9b712b
 @numba.njit(nogil=True, cache=True)
@@ -171,7 +171,7 @@ def root(
     "One beam a query, at the root"
     return _rooted(len(trie), batch, device)
 
-# %% ../../nbs/14b_trie_step.ipynb #dac70b6c
+# %% ../../nbs/14b_trie_step.ipynb #467f5dba
 def advance(
     trie: Trie,
     beams: Beams,         # (B, W)
@@ -183,6 +183,7 @@ def advance(
     call, plan, size, _ = trie._plans.get(level) or _planned(trie, level)
     (B, W, K), shape = steps.shape, beams.scores.shape
     if (B, W) != shape or K < size: raise ValueError(f"steps: expected scores of {tuple(shape)} beams and at least {size} codes, got {(B, W, K)}")
+    if W * K > 1 << 32: raise ValueError(f"steps: expected at most 2^32 scores a query, got {W * K:,}")
     if not steps.is_cpu: return _advance_tensor(trie.tensors(steps.device), beams, steps, level, width)
     scores, lo, hi, node = fitting(beams.scores, torch.float32, shape), fitting(beams.lo, torch.int64, shape), fitting(beams.hi, torch.int64, shape), fitting(beams.node, torch.int64, shape)
     steps, (new, out, out_scores, _) = fitting(steps, torch.float32, steps.shape), results(B, width)
