@@ -301,3 +301,15 @@ def check_results(folder):
     assert all(isinstance(c['column'], int) for c in drawn)
     assert draw_latency(folder)[1].exists() and redraw(folder)
     assert 'ratio' in {c['column'] for c in json.loads((folder/'results'/'latency_ratios.times.json').read_text())['values']}
+
+
+def test_the_mark_of_the_package_sees_all_that_runs(tmp_path, monkeypatch):
+    "Python, C and weights; what was measured with another kernel is not mixed with this one"
+    from grnb import core
+    monkeypatch.setattr(core, '__file__', str(tmp_path/'core.py'))
+    (tmp_path/'decode').mkdir()
+    marks = [core.package_mark()]
+    for name in ('core.py', 'decode/light.c', 'decode/small.safetensors', 'notes.txt'):
+        (tmp_path/name).write_text('new')
+        marks.append(core.package_mark())
+    assert len(set(marks[:4])) == 4 and marks[4] == marks[3]

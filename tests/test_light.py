@@ -259,6 +259,33 @@ def test_patience_reads_until_so_many_in_a_row_fail(name, k):
     with pytest.raises(ValueError, match='patience: expected at least 1, got 0'): dec.nearest(q, x, k, patience=0)
 
 
+class Slots:
+    "Vectors whose rows stand elsewhere"
+    def __init__(self, base, slot): self.base, self.slot = base, slot
+    shape, dtype = property(lambda self: self.base.shape), property(lambda self: self.base.dtype)
+    def __len__(self): return len(self.slot)
+    def parts(self): return self.base, None, self.slot
+    def __getitem__(self, rows): return self.base[self.slot[rows]]
+
+
+@both
+def test_vectors_that_stand_elsewhere_or_are_no_numbers(name):
+    "Slots of any integers and strides are read; a vector with NaN is never among the nearest while there are others; items without a vector are refused"
+    g = np.random.default_rng(2)
+    books = [g.normal(size=(8, 16)).astype(np.float32) for _ in range(2)]
+    dec, x = decoder(name, Trie.build(make_ids(g.integers(0, 8, (50, 2)), (8, 8)), 64), books), g.normal(size=(50, 16)).astype(np.float32)
+    q = dec._vectors(g.normal(size=(3, 16)).astype(np.float32))
+    want = dec.nearest(q, x, 5, 64, 50)
+    for slot in (np.arange(50, dtype=np.int32), np.arange(50)[::-1], np.arange(100)[::2] // 2):
+        got = dec.nearest(q, Slots(np.ascontiguousarray(x[np.argsort(slot)]), slot), 5, 64, 50)
+        assert np.array_equal(got[0], want[0]) and np.array_equal(got[1], want[1])
+    first = want[0][0, 0]
+    x[first, 3] = np.nan
+    rows, score = dec.nearest(q, x, 50, 64, 50)
+    assert rows[0, -1] == first and score[0, -1] == -np.inf and np.isfinite(score[:, :-1]).all()
+    with pytest.raises(ValueError, match='vectors: expected'): dec.nearest(q, np.zeros((50, 0, 16), np.float32), 3)
+
+
 class Two:
     "Vectors in two arrays, and where each row stands"
     def __init__(self, base, more, slot): self.base, self.more, self.slot = base, more, slot

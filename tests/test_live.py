@@ -313,3 +313,10 @@ def test_a_change_does_not_touch_the_whole_pool():
 def test_bad_input(call, says):
     live = LiveTrie(Trie.build(SemanticIDs(np.uint8([[0, 1], [0, 1], [1, 0]]), np.arange(3), (2, 2))))
     with pytest.raises(ValueError, match=says): call(live)
+
+
+def test_a_live_trie_starts_from_one_root():
+    live = LiveTrie(Trie.build(make_ids(np.array([[0, 1], [2, 1]]), (3, 2)))).remove([0])
+    root = live.root(1)
+    two = type(root)(*(None if t is None else torch.cat([t, t], 1) for t in root))
+    with pytest.raises(ValueError, match='beams: expected the one root a query at level 0, got 2'): live.advance(two, torch.zeros(1, 2, 3), 0, 4)

@@ -355,6 +355,22 @@ def test_beams_that_do_not_fit():
     with pytest.raises(ValueError, match='steps: expected scores of'): trie.advance(beams, steps[:, :5], 1, 6)
 
 
+def test_no_queries_and_no_width():
+    trie = Trie.build(make_ids(np.array([[0, 1], [2, 1]]), (3, 2)))
+    root = trie.root(0)
+    assert root.scores.shape[0] == 0 and trie.advance(root, torch.zeros(0, 1, 3), 0, 4).scores.shape == (0, 4)
+    with pytest.raises(ValueError, match='at most 2.32 scores a query'): trie.advance(trie.root(1), torch.zeros(1, 1, 1).expand(1, 1, 2 ** 32 + 1), 0, 4)
+
+
+def test_threads_that_plan_at_once():
+    "The first steps of a new trie from many threads"
+    for _ in range(50):
+        trie = Trie.build(make_ids(np.array([[0, 1], [2, 1]]), (3, 2)))
+        root = trie.root(1)
+        with ThreadPoolExecutor(8) as pool: got = list(pool.map(lambda _: trie.advance(root, torch.zeros(1, 1, 3), 0, 2).code.tolist(), range(16)))
+        assert got == [[[0, 2]]] * 16
+
+
 def test_dead_beams_stay_dead():
     trie = Trie.build(make_ids(np.array([[0, 0], [1, 1]]), (2, 2)))
     dead = trie.root(1)
