@@ -226,6 +226,19 @@ def test_the_scale_goes_on_unless_reset():
         assert (m.log_scale.item() == pytest.approx(4.605)) == want
 
 
+def test_a_checkpoint_remembers_what_chose_it(tmp_path):
+    data, kw = held()
+    cx, cq, cp = kw['dev']
+    train_together(model(), *data, SHORT, checkpoint=tmp_path, **kw)
+    for dev in (None, (cx, cq[::-1].copy(), cp)):
+        with pytest.raises(ValueError, match='other settings'): train_together(model(), *data, SHORT, checkpoint=tmp_path, **(kw | dict(dev=dev)))
+
+
+def test_a_tokenizer_alone_has_cosine_codes():
+    data, kw = held()
+    with pytest.raises(ValueError, match="cotrain: expected True with init='geometry'"): train_together(model(init='geometry'), *data, replace(SHORT, cotrain=False), **kw)
+
+
 def test_selection_on_the_test_set_must_be_asked_for():
     data, kw = held()
     with pytest.raises(ValueError, match='test: expected with released'): train_together(model(), *data, SHORT, test=kw['dev'])
@@ -298,6 +311,7 @@ def test_the_released_checkpoint_is_the_whole_model(tmp_path, feed):
     for name, new, why in [('model.encoder.block.0.layer.0.SelfAttention.k.weight', None, 'SelfAttention.k.weight: expected .8, 8., got none'), ('model.shared.weight', None, 'no whole T5'),
                            ('start_token_embedding', torch.zeros(1, 7), 'start_token_embedding: expected 8'), ('logit_scale', None, 'logit_scale: expected 1 numbers, found none'),
                            ('model.decoder.block.1.layer.2.extra', torch.zeros(2), 'extra: expected no such tensor'), ('model.decoder.final_layer_norm.weight', torch.full((8,), torch.nan), 'expected finite'),
+                           ('model.decoder.block.9999.layer.0.SelfAttention.q.weight', torch.zeros(1), 'decoder: expected blocks 0, 1'),
                            ('video_rqvae.encoder.mlps.0.mlp_layers.1.bias', None, 'mlps.0.mlp_layers.1.bias')]:
         broken = OrderedDict(state)
         if new is None: del broken[name]

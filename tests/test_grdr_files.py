@@ -215,6 +215,9 @@ def test_paragraphs_of_a_test(tmp_path):
     for q, v in zip((-3, -2, -1), first.videos[-3:]):
         n = 3 if int(v.split('-')[0][2:]) % 2 else 2
         assert np.allclose(again.text_x[q], np.mean([d[f'{v}_{k}'] for k in range(n)], 0), atol=1e-6)
+    v = next(v for v in first.videos[-3:] if int(v.split('-')[0][2:]) % 2)
+    dump(path, {k: x for k, x in d.items() if k != f'{v}_1'})
+    with pytest.raises(ValueError, match=f"no '{v}_1'"): read_grdr('actnet', tmp_path)                # some of its sentences and not all
 
 
 # --- captions

@@ -461,6 +461,14 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, select):
     again = XPool(12, scale=10.).fit(*data, dev=dev, checkpoint=tmp_path, **options)
     assert same(weights(again), weights(whole)) and again.result.history == whole.result.history and again.scale == whole.scale
     with pytest.raises(ValueError, match='other settings'): XPool(12, scale=10.).fit(*data, dev=dev, checkpoint=tmp_path, **(options | dict(weight_decay=0.1)))
+    with pytest.raises(ValueError, match='other settings'): XPool(12, scale=10.).fit(*data, dev=world(30, 2), checkpoint=tmp_path, **options)     # weights chosen on another set
+
+
+def test_ranks_of_scores_that_are_no_numbers():
+    f, q, p = world(30, 1)
+    head = XPool(12).head
+    with torch.no_grad(): next(head.parameters())[0] = torch.nan
+    with pytest.raises(FloatingPointError, match='scores: NaN'): places(Folded(head, 'cpu'), torch.from_numpy(np.float32(q)), Source(f, 12), p)
 
 
 def test_clip_is_tuned_with_the_head_and_saved(tmp_path):
@@ -611,7 +619,7 @@ def test_per_query_from_disk_is_the_same_and_its_clocks_add_up(tmp_path):
         assert [len(s) for s in got.scores] == [5, 5, 5, 0, 5, 5, 5]
         for i, s in enumerate(got.scores): assert np.allclose(s, fast_[i][:len(s)], atol=1e-4)
         steps = [got.seconds[k] for k in ('query_encode', 'video_load', 'frame_pooling', 'similarity')]
-        assert min(steps) > 0 and got.seconds['total'] == pytest.approx(sum(steps))
+        assert min(steps) > 0 and got.seconds['total'] >= sum(steps)
     words = per_query(head, list('abcdefg'), lists, tmp_path, encode=lambda w: q['abcdefg'.index(w)])
     assert np.allclose(words.scores[0], got.scores[0], atol=1e-6)
     odd, path = [dict(frame_embeds=f[3].astype(object)), dict(other=f[3]), dict(frame_embeds=f[3][0]), dict(frame_embeds=f[3][:, :5]), dict(frame_embeds=f[3].astype(int))], tmp_path/'v3.npz'
@@ -619,7 +627,10 @@ def test_per_query_from_disk_is_the_same_and_its_clocks_add_up(tmp_path):
         np.savez_compressed(path, **arrays)
         with pytest.raises(ValueError, match='v3.npz'): per_query(head, q, [['v3']] * 7, tmp_path)
     whole = (tmp_path/'v2.npz').read_bytes()
-    for data in (b'', b'nothing', whole[:len(whole) // 2], whole[:150] + b'1234' + whole[154:]):
+    np.save(tmp_path/'v2.npy', f[2])
+    for name in ('../v2', '/etc/v2', 'a/v2'):
+        with pytest.raises(ValueError, match='names of files in the folder'): per_query(head, q, [[name]] * 7, tmp_path)
+    for data in ((tmp_path/'v2.npy').read_bytes(), b'', b'nothing', whole[:len(whole) // 2], whole[:150] + b'1234' + whole[154:]):
         path.write_bytes(data)
         with pytest.raises(ValueError, match='v3.npz'): per_query(head, q, [['v3']] * 7, tmp_path)
     path.unlink()

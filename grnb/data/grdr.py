@@ -293,7 +293,7 @@ def read_grdr(
     return GRDRData(videos, np.concatenate([a.values, b.values]), np.repeat(["train", "test"], [len(a), len(b)]), both.keys, both.texts,
                     np.fromiter((place[k] for k in both.videos), np.int64, len(both.videos)), np.concatenate(vectors) if texts else None)
 
-# %% ../../nbs/04c_data_grdr.ipynb #260832f9
+# %% ../../nbs/04c_data_grdr.ipynb #e016b827
 def _matched(captions, vectors, strict):
     "Captions and videos that have one another, videos in the order of their captions; ValueError where `strict` and some lack the other"
     asked = list(dict.fromkeys(captions.videos))
@@ -316,5 +316,6 @@ def _caption_vectors(features, captions, split, pseudo):
     out = np.empty((len(captions.keys), text.values.shape[1]), np.float32)
     for i, (video, n) in enumerate(zip(captions.videos, captions.parts)):
         each = [f"{video}_{k}" for k in range(n)]
-        out[i] = text.of(each if text.has(each).all() else each[:1]).mean(0)
+        there = text.has(each)
+        out[i] = text.of(each[:1] if there[0] and not there[1:].any() else each).mean(0)     # some of them and not all: an error that names one
     return out

@@ -293,7 +293,7 @@ def _run_phase(model, phase, level, old, new, steps, data, settings, choice, *, 
     drift = (codes_now(model, x, new) != before).float().mean((0, 1))
     return dict(level=level, phase=phase, steps=steps, best_step=result.best_step, score=result.best_score, losses=[list(l) for l in result.losses], drift=[round(float(d), 4) for d in drift])
 
-# %% ../../nbs/19_cotrain_phases.ipynb #85733c1f
+# %% ../../nbs/19_cotrain_phases.ipynb #c75e2843
 def train_together(
     model: SharedGenerator,   # trained in place
     items,                    # (N, D) float, as the heads take them
@@ -314,9 +314,10 @@ def train_together(
     if chosen is not None:
         cx, cq, cp, _ = _as_data(model, *chosen, None, None, "dev ")
         choice = _Choice(torch.cat([x, cx]), cq, cp + len(x))
+    if not settings.cotrain and model.settings["init"] == "geometry": raise ValueError("cotrain: expected True with init='geometry', whose codes are by distance: the tokenizer alone is trained for cosine codes")
     model, L, V = model.cpu(), len(model.sizes), model.V
     views = _assigned(settings, captions, positives, V, seed)
-    about = [asdict(settings), model.settings, fingerprint(x.numpy(), *_arrays(q), positives, views)]
+    about = [asdict(settings), model.settings, fingerprint(x.numpy(), *_arrays(q), positives, views), "" if chosen is None else fingerprint(cx.numpy(), *_arrays(cq), cp)]
     if not settings.cotrain: _tokenizer_first(model, x, positives, captions, views, settings, seed, device, checkpoint)
     first, later, main, fit = settings.steps
     loops = [(L - 1, 0, L)] if settings.joint or not settings.cotrain else [(l, l, l + 1) for l in range(L)]

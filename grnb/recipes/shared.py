@@ -255,10 +255,13 @@ def without_end(
     keep = (ids.tokens[:, :-1] != end).all(1)
     return SemanticIDs(ids.tokens[keep], ids.rows[keep], ids.sizes)
 
-# %% ../../nbs/19_cotrain_model.ipynb #f5b8f5f7
+# %% ../../nbs/19_cotrain_model.ipynb #18ce0518
 def _t5_config(shapes):
     "Settings of the T5 that tensors of these shapes make; KeyError where one is missing"
-    blocks = lambda side: 1 + max(int(m[1]) for k in shapes if (m := re.match(rf"{side}\.block\.(\d+)\.", k)))
+    def blocks(side):
+        there = {int(m[1]) for k in shapes if (m := re.match(rf"{side}\.block\.(\d{{1,4}})\.layer\.0\.SelfAttention\.q\.weight$", k))}
+        if there != set(range(len(there))) or not there: raise ValueError(f"{side}: expected blocks 0, 1, … each with its attention, got {sorted(there)[:8]}")
+        return len(there)
     feed = "encoder.block.0.layer.1.DenseReluDense."
     (vocabulary, d), (buckets, H) = shapes["shared.weight"], shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
     gated = feed + "wi_0.weight" in shapes

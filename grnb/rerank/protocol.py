@@ -84,7 +84,7 @@ def rerank_ranks(
     lists = lists_by_text(texts, candidates)
     return released_ranks(model.score(queries, frames, lists), lists, positives, n)
 
-# %% ../../nbs/18f_rerank_protocol.ipynb #e814cfcc
+# %% ../../nbs/18f_rerank_protocol.ipynb #2ad9fe4c
 class PerQuery(NamedTuple):
     "Scores of each query's candidates, and mean seconds a query by step"
     scores: list   # Q arrays float32
@@ -101,7 +101,8 @@ def per_query(
 ) -> PerQuery:
     "The released latency protocol: every candidate read from disk for every query, nothing kept; ValueError names a file that does not fit"
     if len(candidates) != len(queries): raise ValueError(f"candidates: expected {len(queries)} lists, one a query, got {len(candidates)}")
-    device, chunk, out, spent = pick_device(device), as_count(chunk, "chunk"), [], dict.fromkeys(("query_encode", "video_load", "frame_pooling", "similarity"), 0.)
+    if odd := [v for videos in candidates for v in videos if Path(str(v)).name != str(v)]: raise ValueError(f"candidates: expected names of files in the folder, got {odd[0]!r}")
+    device, chunk, out, spent, whole = pick_device(device), as_count(chunk, "chunk"), [], dict.fromkeys(("query_encode", "video_load", "frame_pooling", "similarity"), 0.), 0.
     head = head.to(device).eval()
     for query, videos in progress(zip(queries, candidates), "per query", len(candidates)):
         start = perf_counter()
@@ -109,17 +110,18 @@ def per_query(
         spent["query_encode"] += perf_counter() - start
         parts = [_one_chunk(head, text, videos[i:i + chunk], Path(folder), spent, device) for i in range(0, len(videos), chunk)]
         out.append(np.concatenate(parts) if parts else np.zeros(0, np.float32))
+        whole += _clock(device) - start
     mean = {k: v / max(1, len(out)) for k, v in spent.items()}
-    return PerQuery(out, mean | dict(total=sum(mean.values())))
+    return PerQuery(out, mean | dict(total=whole / max(1, len(out))))
 
-# %% ../../nbs/18f_rerank_protocol.ipynb #f87ee8d8
+# %% ../../nbs/18f_rerank_protocol.ipynb #54bbffea
 def _loaded(path):
     "The frames (F, D) of one video by `np.load`, without unpickling"
     try:
         with np.load(path, allow_pickle=False) as z:
             if z.zip.getinfo("frame_embeds.npy").file_size > MOST: raise ValueError(f"frame_embeds above {MOST:,} bytes")
             x = z["frame_embeds"]
-    except (ValueError, KeyError, EOFError, AttributeError, MemoryError, BadZipFile, ZlibError) as e: raise ValueError(f"{path}: no npz file with frame_embeds ({e})") from None
+    except (ValueError, KeyError, EOFError, AttributeError, TypeError, NotImplementedError, RuntimeError, MemoryError, BadZipFile, ZlibError) as e: raise ValueError(f"{path}: no npz file with frame_embeds ({e})") from None
     if x.ndim != 2 or x.dtype.kind != "f": raise ValueError(f"{path}: frame_embeds: expected floats of shape (F, D), got {x.dtype} {x.shape}")
     return x.astype(np.float32, copy=False)
 

@@ -64,7 +64,7 @@ def _feed(texts, frames, positives, batch_size, seed, device):
         return torch.from_numpy(texts[q]).to(device), torch.from_numpy(frames.take(at)).to(device), torch.from_numpy(at).to(device)
     return batch
 
-# %% ../../nbs/18e_rerank_xpool.ipynb #a02d9fe0
+# %% ../../nbs/18e_rerank_xpool.ipynb #594dc553
 def _encoded(net, texts, frames, size=32):
     "Texts (Q, D) and frames (N, F, D) as the head takes them, through CLIP where there is one"
     if net.clip is None: return texts, frames
@@ -76,6 +76,7 @@ def _encoded(net, texts, frames, size=32):
 def places(scorer, queries, frames, positives):
     "Rank from 1 of each query's own video among all, int64 (Q,); ties count against the query"
     near = np.concatenate([s.cpu().numpy() for _, s in score_blocks(scorer, queries, frames)], 1)
+    if np.isnan(near).any(): raise FloatingPointError("scores: NaN; the weights or the frames have left the range of float32")
     return (near >= near[np.arange(len(near)), positives][:, None]).sum(1)
 
 def _judge(frames, texts, positives, select):
@@ -189,7 +190,7 @@ def _put(path, module, arrays, start):
     try: module.load_state_dict(part)
     except RuntimeError as e: raise ValueError(f"{path}: {start}: {str(e).splitlines()[-1].strip()}") from None
 
-# %% ../../nbs/18e_rerank_xpool.ipynb #dcedc308
+# %% ../../nbs/18e_rerank_xpool.ipynb #78e35b21
 class XPool(_Ranks):
     "X-Pool over any frame features (arXiv 2203.15086): fit, score, rerank, search; ValueError for input that does not fit"
     def __init__(self,
@@ -223,7 +224,8 @@ class XPool(_Ranks):
         if select == "released" and dev is None: raise ValueError('dev: select="released" needs the set to select on')
         options = _steps(len(queries), epochs, batch_size, lr, clip_lr, weight_decay, select)
         options |= dict(lr=lr, warmup=0.1, groups=_groups(lr, clip_lr, weight_decay), seed=seed, device=self.device, precision=precision, checkpoint=checkpoint, desc="X-Pool")
-        about = fingerprint(queries, positives, batch_size, select, list(frames.shape), frames.take(spread(len(frames), 64)))
+        about = fingerprint(queries, positives, batch_size, select, list(frames.shape), frames.take(spread(len(frames), 64)),
+                            *(() if dev is None else (list(dev[0].shape), dev[0].take(spread(len(dev[0]), 64)), *dev[1:])))
         net, self._scorer = _Net(self.head, self.scale, clip, 5 if select == "released" else 0), None
         self.result = train(net, _feed(queries, frames, positives, batch_size, seed, self.device), _loss, evaluate=dev and _judge(*dev, select), about=about, **options)
         self.clip, self.scale = clip, min(100., net.log_scale().exp().item())
