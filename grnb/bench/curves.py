@@ -108,7 +108,7 @@ def _line(ax, points, look, name):
         if len(x) > 1: ax.fill_between(x, low, high, color=look["color"], alpha=alpha, linewidth=0)
         else: ax.vlines(x, low, high, color=look["color"], alpha=.5, linewidth=2 - i)
 
-# %% ../../nbs/22i_bench_curves.ipynb #6bb4b465
+# %% ../../nbs/22i_bench_curves.ipynb #cbaaca98
 PROTOCOLS = dict(grdr="latency of one query (ms)", genius="queries a second", cart="queries a second")
 
 def draw_protocol(
@@ -120,12 +120,8 @@ def draw_protocol(
     if name not in PROTOCOLS: raise ValueError(f"name: expected one of {', '.join(PROTOCOLS)}, got {name!r}")
     r = stored(figures, f"protocol_{name}", True, say)
     if r is None: return
-    data = {}
-    for c in r["values"]:
-        if "," in c["panel"]: continue
-        band = [(c["low"], c["high"])] if c["low"] is not None else []
-        data.setdefault(f"{name.upper()}, {c['panel']}", {}).setdefault(c["row"], []).append((c["column"], c["value"], *band))
-    fig = panels(data, "pool (items)", PROTOCOLS[name])
+    data = _by_panel(c for c in r["values"] if "," not in c["panel"])
+    fig = panels({f"{name.upper()}, {panel}": curves for panel, curves in data.items()}, "pool (items)", PROTOCOLS[name])
     save_figure(fig, figures, f"efficiency_{name}", r["caption"])
     return fig
 

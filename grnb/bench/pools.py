@@ -16,8 +16,8 @@ from ..tokenizer.kmeans import ResidualKMeans
 from ..tokenizer.whitened import WhitenedKMeans
 
 # %% auto #0
-__all__ = ['SINGLE', 'BEAMS', 'PATIENCE', 'HANDED', 'MARGIN', 'nearest', 'Pool', 'Codes', 'codes', 'made_pool', 'Form',
-           'light_form', 'exact_method', 'Setting', 'light_settings', 'peer_settings', 'fastest', 'measure']
+__all__ = ['SINGLE', 'BEAMS', 'PATIENCE', 'HANDED', 'MARGIN', 'nearest', 'Pool', 'Codes', 'made_pool', 'Form', 'light_form',
+           'exact_method', 'Setting', 'light_settings', 'peer_settings', 'fastest', 'measure']
 
 # %% ../../nbs/22g_bench_pools.ipynb #2413842b
 def nearest(
@@ -74,13 +74,14 @@ class Pool:
 
     def peers(self, lists=0) -> Peers: return Peers(self.x, self.train(), self.place, self.stem, lists or min(MOST, lists_for(len(self))))
 
-# %% ../../nbs/22g_bench_pools.ipynb #1d35ee7e
+# %% ../../nbs/22g_bench_pools.ipynb #9125781d
 class Codes(NamedTuple):
     "How a pool is coded"
     first: int       # codes of the first level; the others have 256
     power: float=0.  # of the whitening; 0 is plain
     levels: int=8
 
+# %% ../../nbs/22g_bench_pools.ipynb #d0d9adeb
 def _codes_file(self, of, stem=None):
     return self.place/f"codes-{stem or self.stem}-{of.first}{f'x{of.levels}' if of.levels != 8 else ''}{f'-w{float(of.power)}' if of.power else ''}.safetensors"
 
@@ -165,15 +166,15 @@ class Setting(NamedTuple):
     recall: float
     index: str       # the index or form it belongs to
 
-# %% ../../nbs/22g_bench_pools.ipynb #0ebe9852
+# %% ../../nbs/22g_bench_pools.ipynb #1ad563cb
 def _reach(rows, truth):
     "Recall of the first C of each list, for every C (C,)"
     hit = np.stack([(r[:, None] == t).any(1) for r, t in zip(rows, truth)])
     return hit.cumsum(1).mean(0) / truth.shape[1]
 
-def _enough(curve, most, goals, steps):
-    "For every goal the fewest candidates of `steps` that reach it"
-    return sorted({next(c for c in steps if curve[c - 1] >= g) for g in goals if curve[max(c for c in steps if c <= most) - 1] >= g})
+def _enough(curve, goals, steps):
+    "The fewest candidates of `steps` that reach it, for every goal that is reached"
+    return {g: next(c for c in steps if curve[c - 1] >= g) for g in goals if curve[steps[-1] - 1] >= g}
 
 # %% ../../nbs/22g_bench_pools.ipynb #4a47a8cb
 @numba.njit(nogil=True)
@@ -199,7 +200,7 @@ def _patient(form, beam, most, patience):
         out.append(here)
     return rows, np.array(out)
 
-# %% ../../nbs/22g_bench_pools.ipynb #9a495323
+# %% ../../nbs/22g_bench_pools.ipynb #352c66dd
 def light_settings(
     form: Form,
     goals,           # recalls to reach
@@ -213,14 +214,13 @@ def light_settings(
         (rows, read), more = _patient(form, beam, steps[-1], patience), {}
         for j, p in enumerate(patience):
             curve = _reach(np.where(np.arange(rows.shape[1]) < read[:, j, None], rows, -1), pool.dev_truth)
-            for g in goals:
-                c = next((c for c in steps if curve[c - 1] >= g), np.inf)
+            for g, c in _enough(curve, goals, steps).items():
                 if c < least.get((p, g), np.inf): least[p, g] = c; more[c, p] = Setting(form.method(beam, c, p), float(curve[c - 1]), form.name)
         out, idle = out + list(more.values()), 0 if more else idle + 1
         if idle == 3 and all((patience[0], g) in least for g in goals): break
     return out
 
-# %% ../../nbs/22g_bench_pools.ipynb #4d84f7d6
+# %% ../../nbs/22g_bench_pools.ipynb #d8413454
 def peer_settings(
     pool: Pool,
     name: str,       # of the index
@@ -240,7 +240,7 @@ def peer_settings(
             if (got := float(found_of(v.search(pool.dev), pool.dev_truth).mean())) >= min(goals): out.append(Setting(v, got, name))
         if name in GRAPHS or not steps: continue
         curve = _reach(index.search(pool.dev, steps[-1])[1], pool.dev_truth)
-        out += [Setting(made[f"{key} + refine {c}"], float(curve[c - 1]), name) for c in _enough(curve, steps[-1], goals, steps)]
+        out += [Setting(made[f"{key} + refine {c}"], float(curve[c - 1]), name) for c in sorted(set(_enough(curve, goals, steps).values()))]
     return out
 
 # %% ../../nbs/22g_bench_pools.ipynb #f3f939a0

@@ -23,7 +23,7 @@ PEERS = ("IVF-PQ8", "IVF-PQ16", "IVF-PQ32", "IVF-PQ64", "IVF-PQ16x4 FastScan", "
 SHORT = ("IVF-PQ8", "IVF-RaBitQ FastScan", "RQ16x4 FastScan", "HNSW32")    # at other pool sizes
 LIGHT, ROOM = "light", 17.    # our index's name; bytes an item that a form may take in the largest pool
 
-# %% ../../nbs/22gb_bench_races.ipynb #ace1f8ad
+# %% ../../nbs/22gb_bench_races.ipynb #a3b526f0
 def each_form(pool, tried, fewer=(0, 1), scans=(64, 1024)):
     "Forms of the light decoder, one after the other: with all levels of the codes, and without the last"
     return (light_form(pool, of, of.levels - less, scan) for of in tried for less in fewer for scan in scans)
@@ -31,7 +31,7 @@ def each_form(pool, tried, fewer=(0, 1), scans=(64, 1024)):
 def _forms(pool, tried):
     "All of them; in a pool beyond a million only those within the room"
     made = list(each_form(pool, tried))
-    return [f for f in made if len(pool) <= SINGLE or sum(v for p, v in f.bytes.items() if p != "vectors") <= ROOM] or made[-1:]
+    return [f for f in made if len(pool) <= SINGLE or total(f, False) <= ROOM] or made[-1:]
 
 def light_methods(forms):
     "Every setting of forms of ours, by name"
