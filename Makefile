@@ -1,6 +1,6 @@
 # make reproduce        recompute the main table on the embedded world (2,000 videos), then redraw every table and figure
 # make test             notebooks, stored outputs, pytest
-# make reproduce-full   the embedded world with 10,000 videos, and flickr8k where GRNB_DATA holds it, with the studies of tokenizers; resumable
+# make reproduce-full   the embedded world with 10,000 videos, and flickr8k where GRNB_DATA holds it, with the studies of tokenizers and of GRDR; resumable
 # make clean            remove the environment and what tools leave behind; results and figures stay
 #
 # PYTHON    the Python 3.11 that makes the environment         make PYTHON=python3 test
@@ -10,7 +10,7 @@
 PYTHON   ?= python3.11
 PIPFLAGS ?=
 BIN      := $(CURDIR)/.venv/bin
-FIGURES  := $(sort $(wildcard nbs/3[0-9]_figure*.ipynb))
+FIGURES  := $(sort $(wildcard nbs/3[0-9]_figure*.ipynb) $(wildcard nbs/4[0-9]_paper*.ipynb))
 
 export PATH := $(BIN):$(PATH)
 export PYTHONHASHSEED := 0
@@ -31,7 +31,8 @@ reproduce: .venv/.done
 reproduce-full: .venv/.done
 	grnb reproduce --full
 	grnb reproduce --study tokenizers
-	$(if $(GRNB_DATA),grnb reproduce --task flickr8k && grnb reproduce --task flickr8k --study tokenizers,@echo "GRNB_DATA is not set: the stored flickr8k results stay as they are")
+	grnb reproduce --study grdr
+	$(if $(GRNB_DATA),grnb reproduce --task flickr8k && grnb reproduce --task flickr8k --study tokenizers && grnb reproduce --task flickr8k --study grdr,@echo "GRNB_DATA is not set: the stored flickr8k results stay as they are")
 	@$(MAKE) --no-print-directory figures
 
 figures: .venv/.done

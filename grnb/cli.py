@@ -364,20 +364,29 @@ def _report(args):
     from grnb.report import redraw
     print(*redraw(args.figures), sep="\n")
 
-# %% ../nbs/24_cli.ipynb #ee521bdb
+# %% ../nbs/24_cli.ipynb #17678b96
 @_command(
     _arg("--task", default="events", help="events (default), or flickr8k from GRNB_DATA"),
-    _arg("--study", choices=("tables", "tokenizers"), default="tables", help="the results table (default), or the IDs of every quantiser: diagnostics and search"),
+    _arg("--study", choices=("tables", "tokenizers", "grdr"), default="tables", help="the results table (default); the IDs of every quantiser: diagnostics and search; or GRDR: both settings, its ablations and claims"),
     _arg("--full", action="store_true", help="events only: 10,000 videos instead of 2,000, stored as events_full"), _FIGURES,
 )
 def _reproduce(args):
-    "Compute a task's results table, or the study of all quantisers on it, and draw it; resumes after a kill"
+    "Compute a task's results table, or a study of all quantisers or of GRDR on it, and draw it; resumes after a kill"
     folder = Path(args.figures)/"results"
     if args.full and args.task != "events": raise ValueError(f"--full: only events has a larger size, got --task {args.task}")
+    if args.full and args.study != "tables": raise ValueError("--full: a study has one size a task")
     if args.study == "tokenizers":
         from grnb.study.tables import study
-        if args.full: raise ValueError("--full: the study has one size a task")
         study(args.task, folder)
+    elif args.study == "grdr":
+        from grnb.study.grdr_gallery import gallery_page
+        from grnb.study.grdr_tables import grdr_study
+        from grnb.study.grdr_times import grdr_times, task_times
+        grdr_study(args.task, folder)
+        task_times(args.task, folder)
+        if args.task == "events":                            # the gallery is of its videos, the corpus of no task's
+            gallery_page(folder)
+            grdr_times(folder)
     else:
         from grnb.reproduce import reproduce
         reproduce(task=args.task, full=args.full, folder=folder)

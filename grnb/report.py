@@ -20,7 +20,7 @@ __all__ = ['SOURCES', 'PACKAGES', 'STORED', 'VERDICTS', 'BEAMS', 'cell', 'Table'
 # %% ../nbs/21_report.ipynb #0365fc65
 SOURCES = ("this run", "paper")
 
-# %% ../nbs/21_report.ipynb #85fceebc
+# %% ../nbs/21_report.ipynb #f4646fc2
 def cell(
     row: str,                  # the system
     column,                    # the metric, or a number that a curve runs over
@@ -33,6 +33,7 @@ def cell(
     n: int|None=None,          # queries
     seeds: int|None=None,      # trained models
     series: str="", x=None,    # curve the cell is a point of, and where on it
+    over: str="",              # what the interval is over, where not items and seeds
 ) -> dict:
     "One number with all that qualifies it; ValueError on an unknown source or a value that is not a number"
     if source not in SOURCES: raise ValueError(f"source: expected {' or '.join(SOURCES)}, got {source!r}")
@@ -40,7 +41,7 @@ def cell(
     numbers = {"value": _number(value, "value"), "low": _number(low, "low"), "high": _number(high, "high")}
     if numbers["value"] is None: raise ValueError("value: expected a number, got None")
     out = dict(row=row, column=column, dataset=dataset, source=source, panel=panel, unit=unit, n=n, seeds=seeds, **numbers)
-    return out | ({"series": series} if series else {}) | ({"x": x} if x is not None else {})
+    return out | ({"series": series} if series else {}) | ({"x": x} if x is not None else {}) | ({"over": over} if over else {})
 
 # %% ../nbs/21_report.ipynb #6b69c14d
 def _number(x, name):
@@ -135,14 +136,14 @@ def load_results(
         if not isinstance(c, dict) or not need <= c.keys(): raise ValueError(f"{path}: value {i} has no {', '.join(sorted(need - set(c)))}")
     return result
 
-# %% ../nbs/21_report.ipynb #3b396ce8
+# %% ../nbs/21_report.ipynb #100f0673
 def text(
     c: dict|None,          # a cell, or None where there is none
     interval: bool=True,   # with its interval
 ) -> str:
-    "A cell as text: one decimal in per cent, else three digits"
+    "A cell as text: one decimal in per cent and points, else three digits"
     if c is None: return "–"
-    show = lambda v: "∞" if v == "inf" else f"{v:.1f}" if c.get("unit") == "%" else _digits(v)
+    show = lambda v: "∞" if v == "inf" else f"{v:.1f}" if c.get("unit") in ("%", "points") else _digits(v)
     if not interval or c.get("low") is None: return show(c["value"])
     return f"{show(c['value'])} [{show(c['low'])}, {show(c['high'])}]"
 
@@ -164,7 +165,7 @@ def _headings(table):
         out.append((group, f"{name} ({unit})" if unit else name))
     return out
 
-# %% ../nbs/21_report.ipynb #97dce582
+# %% ../nbs/21_report.ipynb #64f2b72d
 STORED = ("flickr8k",)  # datasets that only GRNB_DATA brings
 
 def note(
@@ -174,7 +175,7 @@ def note(
     span = lambda key: sorted({c[key] for c in cells if c.get(key)})
     plain = lambda v: f"{v[0]:,}" if len(v) == 1 else f"{v[0]:,} to {v[-1]:,}"
     parts = [f"{name}: {plain(v)}" for name, key in (("Queries", "n"), ("Seeds", "seeds")) if (v := span(key))]
-    if any(c.get("low") is not None for c in cells): parts.append("95 % intervals: bootstrap over items and seeds")
+    if over := dict.fromkeys(c.get("over", "bootstrap over items and seeds") for c in cells if c.get("low") is not None): parts.append(f"{'95 % intervals' if 'bootstrap' in ''.join(over) else 'Brackets'}: {', '.join(over)}")
     if any(c["dataset"].startswith(STORED) and c["source"] == "this run" for c in cells): parts.append("Stored result, recomputed only where GRNB_DATA holds the data")
     return ". ".join([*parts, f"Dataset: {', '.join(span('dataset'))}", f"Source: {', '.join(span('source'))}."])
 

@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from grnb.core import read_json
 from grnb.report import load_results
 from grnb.reproduce import Experiment
-from grnb.study import pieces as P, tables as T
+from grnb.study import grdr_gallery, grdr_tables, grdr_times, pieces as P, tables as T
 from grnb.study.pieces import Subject, seed_pieces
 from grnb.study.tables import SUBJECTS, spearman, study
 from grnb.tokenizer.genius import GENIUS
@@ -145,16 +145,25 @@ def test_every_row_has_32_bits():
 
 # --- the command, and what is refused
 
-def test_the_command_runs_the_study(monkeypatch, tmp_path, capsys):
+GRDR_RUNS = [(grdr_tables, 'grdr_study', True), (grdr_times, 'task_times', True), (grdr_gallery, 'gallery_page', False), (grdr_times, 'grdr_times', False)]     # module, function, is it of every task
+
+@pytest.mark.parametrize('task', ['events', 'flickr8k'])
+@pytest.mark.parametrize('name, runs', [('tokenizers', [(T, 'study', True)]), ('grdr', GRDR_RUNS)])
+def test_the_command_runs_the_study(name, runs, task, monkeypatch, tmp_path, capsys):
+    "The gallery and the corpora belong to events alone; nothing is written beside the folder that is named"
     import grnb.report
     from grnb.cli import main
-    calls = []
-    monkeypatch.setattr(T, 'study', lambda *a, **k: calls.append((a, k)))
-    monkeypatch.setattr(grnb.report, 'redraw', lambda *a: ['drawn'])
-    assert main(f'reproduce --task flickr8k --study tokenizers --figures {tmp_path}'.split()) == 0
-    assert calls == [(('flickr8k', Path(tmp_path)/'results'), {})]
-    assert main('reproduce --full --study tokenizers'.split()) == 2 and '--full' in capsys.readouterr().err
-    assert main('reproduce --study atlantis'.split()) == 2
+    calls, folder = [], tmp_path/'figures'
+    (tmp_path/'here').mkdir()
+    monkeypatch.chdir(tmp_path/'here')
+    for module, function, _ in runs: monkeypatch.setattr(module, function, lambda *a, _f=function, **k: calls.append((_f, a, k)))
+    monkeypatch.setattr(grnb.report, 'redraw', lambda *a: [f'drawn in {a[0]}'])
+    assert main(f'reproduce --task {task} --study {name} --figures {folder}'.split()) == 0 and capsys.readouterr().out == f'drawn in {folder}\n'
+    assert calls == [(f, (task, folder/'results') if every else (folder/'results',), {}) for _, f, every in runs if every or task == 'events']
+    done = len(calls)
+    assert main(f'reproduce --full --study {name}'.split()) == 2 and '--full: a study has one size' in capsys.readouterr().err
+    assert main('reproduce --study atlantis'.split()) == 2 and len(calls) == done
+    assert [*tmp_path.iterdir()] == [tmp_path/'here'] and not [*(tmp_path/'here').iterdir()]
 
 
 def test_unknown_task():
