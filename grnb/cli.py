@@ -166,14 +166,14 @@ def _drop(path):
         else: p.unlink(missing_ok=True)
     if not any(path.iterdir()) and not path.is_symlink(): path.rmdir()
 
-# %% ../nbs/24_cli.ipynb #a71ad25d
+# %% ../nbs/24_cli.ipynb #301f32fb
 @_command(
     *_TASK, _split("train", "dev"),
     _arg("--text", action="store_true", help="fit on the task's texts instead of its query vectors"),
     _arg("--items", help="vectors (N, D) or (N, V, D): .npy, .safetensors"),
     _arg("--queries", help="vectors (Q, D), or texts in a .txt, one a line"),
     _arg("--positives", help="for each query the row of its item: integers (Q,) in a .npy"),
-    _arg("--recipe", default="baseline", help="baseline (default), genius"),
+    _arg("--recipe", default="baseline", help="baseline (default), genius, grdr"),
     _arg("--set", action="append", metavar="NAME=VALUE", help="a setting of the recipe, such as L=4; may be repeated"),
     _arg("--seed", type=int, default=0, help="of codebooks, training and what is held out (default 0)"),
     _arg("--device", default="auto", help="auto (default), cpu, cuda"),

@@ -41,7 +41,7 @@ def setting_table(
 _CAPTION = {"inductive": "GRDR, inductive: the pool holds test items only, unseen in training. events and flickr8k are measured here; the other data sets are what the authors report of their own runs, on other features, texts and machines.",
             "full": "GRDR, full corpus: the pool holds training and test items, queries are of test items. events and flickr8k are measured here; the other data sets are what the authors report of their own runs, on other features, texts and machines."}
 
-# %% ../../nbs/23g_study_grdr_figures.ipynb #0cd74977
+# %% ../../nbs/23g_study_grdr_figures.ipynb #6768d1ff
 COLOURS = "#9ecae1", "#6baed6", "#3182bd", "#08519c", "#08204a"   # of growing beams: one hue, darker the wider
 
 def _panels(cells): return list(dict.fromkeys(c["panel"] for c in cells))
@@ -54,6 +54,7 @@ def _band(ax, points, **look):
     ax.plot(x, y, linewidth=1.6, **look)
     ax.fill_between(x, low, high, color=look["color"], alpha=.12, linewidth=0)
 
+# %% ../../nbs/23g_study_grdr_figures.ipynb #569f11f9
 def draw_candidates(
     figures,     # the folder that holds results/ and the figures
     task: str,   # "events" or "flickr8k"
@@ -76,6 +77,7 @@ def draw_candidates(
     for ax in axes[:, 0]: ax.set_ylabel("queries with a match (%)")
     return _done(fig, axes, figures, f"grdr_{task}_candidates", f"{r['caption']} {note(cells)}")
 
+# %% ../../nbs/23g_study_grdr_figures.ipynb #5598e7f2
 def _done(fig, axes, figures, name, caption):
     "One legend, and the files"
     import matplotlib.pyplot as plt
@@ -184,7 +186,7 @@ def draw_views(
     axes[0, 0].invert_yaxis()
     return _done(fig, axes, figures, f"grdr_{task}_views", f"{r['caption']} At the right: items with several found queries that are reached by more than one view. {note(r['values'])}")
 
-# %% ../../nbs/23g_study_grdr_figures.ipynb #e4f4075a
+# %% ../../nbs/23g_study_grdr_figures.ipynb #6bfd1218
 def draw_corpus(
     figures,   # the folder that holds results/ and the figures
 ):             # a matplotlib figure
@@ -194,7 +196,7 @@ def draw_corpus(
     results, ink = Path(figures)/"results", seaborn.color_palette("colorblind")
     speed, size = load_results(results, "grdr_ratios", True), load_results(results, "grdr_storage")
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.6), squeeze=False, layout="constrained")
-    for ax, r, headline, what in ((axes[0, 0], speed, 300, "times longer than GRDR"), (axes[0, 1], size, 42, "times more than GRDR stores")):
+    for ax, r, headline, what in ((axes[0, 0], speed, 300, "time of the other over GRDR's"), (axes[0, 1], size, 42, "bytes of dense search over GRDR's")):
         names = list(dict.fromkeys(c["series"] for c in r["values"]))
         for i, name in enumerate(names): _band(ax, _points(r["values"], name), color=ink[i // 2 if len(names) > 3 else i], linestyle="-:"[i % 2] if len(names) > 3 else "-", marker="osD^vP"[i], markersize=5, label=name)
         ax.axhline(headline, color="black", linestyle="--", linewidth=1.2); ax.text(.02, headline * 1.08, f"reported: {headline}", fontsize=8.5, transform=ax.get_yaxis_transform())

@@ -84,7 +84,7 @@ def _box(x, side, colour):
     from matplotlib.patches import Rectangle
     return Rectangle((x, 0), side, side, fill=False, edgecolor=colour, linewidth=2.2)
 
-# %% ../../nbs/23h_study_grdr_gallery.ipynb #57784c17
+# %% ../../nbs/23h_study_grdr_gallery.ipynb #8297806d
 def draw_gallery(
     figures,   # the folder that holds results/ and the figures
 ):             # a matplotlib figure
@@ -95,13 +95,13 @@ def draw_gallery(
     page, ink = read_json(path), seaborn.color_palette("colorblind")
     scenes, k = make_scenes(page["size"], page["seed"]), max(len(h) for q in page["queries"] for h in q["found"].values())
     lines = [(q, row) for q in page["queries"] for row in SHOWN if row in q["found"]]
-    fig, axes = plt.subplots(len(lines), k, figsize=(2.75 * k, 1.2 * len(lines)), squeeze=False, gridspec_kw=dict(hspace=.85, wspace=.05, left=.01, right=.99, top=.95, bottom=.01))
+    fig, axes = plt.subplots(len(lines), k, figsize=(2.75 * k, 1.2 * len(lines)), squeeze=False, gridspec_kw=dict(hspace=.62, wspace=.05, left=.01, right=.99, top=.95, bottom=.01))
     for line, (q, row) in zip(axes, lines):
         for ax in line: ax.axis("off")
         for ax, hit in zip(line, q["found"][row]):
             _strip(ax, render(scenes.take(hit["video"], hit["video"] + 1))[0][0], hit["view"] if row == SHOWN[0] else 0, hit, ink[2])
         if row == SHOWN[0]: line[0].text(0, 1.45, textwrap.shorten(f"“{q['text']}”", 120), transform=line[0].transAxes, fontsize=9, fontweight="bold")
-        line[0].text(0, -.2, row, transform=line[0].transAxes, fontsize=7, color=ink[0])
+        line[0].text(.62, 1.06, row, transform=line[0].transAxes, fontsize=7, color=ink[0])
     plt.close(fig)
     save_figure(fig, figures, "grdr_gallery", f"Queries of the embedded world in the full corpus ({page['pool']:,} videos), beam {page['beam']}: the first {k} videos of the first stage, each with the beginning of the ID it was found by and the view that ID is of. Framed: the quarter of the video that the ID stands for.")
     return fig
