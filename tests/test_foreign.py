@@ -70,6 +70,14 @@ def test_plain_values_come_back(tmp_path, x, protocol):
 arrays = hnp.arrays(st.sampled_from(['?', 'u1', 'i2', '<i4', '>i8', 'f2', '<f4', '>f4', 'f8', 'c8', 'U3', 'S4']), hnp.array_shapes(min_dims=0, max_dims=3, min_side=0))
 
 
+@pytest.mark.parametrize('protocol', range(2, 6))
+def test_zeros_come_back(tmp_path, protocol):
+    "In protocol 2 an array is a text, then bytes, then an array: of zeros each of the three is as long as the file"
+    path = tmp_path/'x.pkl'
+    path.write_bytes(pickle.dumps({'a': np.zeros(10_000, np.int64)}, protocol))
+    assert np.array_equal(read_pickle(path)['a'], np.zeros(10_000))
+
+
 @settings(max_examples=150, **ONE_FILE)
 @given(arrays, st.integers(2, 5), st.booleans())
 def test_arrays_come_back(tmp_path, a, protocol, fortran):

@@ -52,7 +52,7 @@ P = SimpleNamespace(**{name: bytes([c]) for c, name in zip(b'().01BCGJKMNQRX]abc
 # %% ../../nbs/04a_data_unpickle.ipynb #590e9ee9
 STEPS = 32_000_000                                             # instructions a file may have; 450,000 vectors of 512 numbers need 13 million
 
-# %% ../../nbs/04a_data_unpickle.ipynb #1a9dd8af
+# %% ../../nbs/04a_data_unpickle.ipynb #0da845ce
 class _Machine:
     "The state of one reading"
     __slots__ = ("data", "pos", "stack", "marks", "memo", "known", "strict", "storage", "stubs", "spent")
@@ -76,9 +76,9 @@ class _Machine:
     def stub(self, name): return self.stubs.setdefault(name, Stub(name))
 
     def spend(self, n):
-        "Count bytes that are copied: an honest file copies none twice, a hostile one copies the same ones for ever"
+        "Count bytes that are copied: an honest file copies each twice at most (protocol 2: text to bytes, bytes to array), a hostile one copies the same ones for ever"
         self.spent += n
-        if self.spent > len(self.data): raise ValueError(f"copies of more than the file's own {len(self.data):,} bytes")
+        if self.spent > 2 * len(self.data): raise ValueError(f"copies of more than twice the file's own {len(self.data):,} bytes")
 
     def items(self):
         "What lies above the last mark, taken off the stack"
