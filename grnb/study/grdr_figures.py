@@ -97,7 +97,7 @@ def draw_stages(
     save_figure(fig, figures, f"grdr_{task}_stages", f"{r['caption']} {note(r['values'])}")
     return fig
 
-# %% ../../nbs/23g_study_grdr_figures.ipynb #b9d7a09f
+# %% ../../nbs/23g_study_grdr_figures.ipynb #e62e1bac
 def draw_frontier(
     figures, task: str,  # as `draw_candidates`
 ):                       # a matplotlib figure
@@ -109,14 +109,15 @@ def draw_frontier(
     ms = {(c["panel"], c["row"]): c["value"] for c in times["values"]}
     fig, axes = plt.subplots(1, 2, figsize=(9.8, 3.6), sharey=True, squeeze=False, layout="constrained")
     for ax, panel in zip(axes[0], _panels(found["values"])):
-        _generators(ax, {c["series"]: c for c in found["values"] if c["panel"] == panel and c["x"] == 100}, panel, ms)
-        _others(ax, {c["series"]: c["value"] for c in found["values"] if (c["panel"], c["x"]) == (panel, 100)}, panel, ms)
+        at = {c["series"]: c for c in found["values"] if (c["panel"], c["x"]) == (panel, 100)}
+        _generators(ax, at, panel, ms)
+        _others(ax, at, panel, ms)
         ax.set_xscale("log"); ax.set_title(panel, loc="left"); ax.set_xlabel("one query, one thread (ms)")
         _ticks(ax.xaxis, True)
     axes[0, 0].set_ylabel("a match in 100 candidates (%)")
     return _done(fig, axes, figures, f"grdr_{task}_frontier", f"{task}: queries with a match among the first 100 candidates, against the latency of the first stage; small numbers are beams, in IDs. {times['caption']} {note(found['values'])}")
 
-# %% ../../nbs/23g_study_grdr_figures.ipynb #dea7d607
+# %% ../../nbs/23g_study_grdr_figures.ipynb #0e4e8302
 def _generators(ax, at, panel, ms):
     "A curve a generator; its points are beams"
     import seaborn
@@ -126,13 +127,13 @@ def _generators(ax, at, panel, ms):
         _band(ax, [p[:4] for p in points], color=colour, marker=marker, markersize=5, label=f"{row}, first stage")
         for x, y, _, _, beam in points: ax.annotate(beam, (x, y), textcoords="offset points", xytext=(3, -9), fontsize=7, color=colour)
 
-def _others(ax, recall, panel, ms):
+def _others(ax, at, panel, ms):
     "A mark for each search that generates nothing"
     import seaborn
     ink = seaborn.color_palette("colorblind")
     marks = [*((f"{row}: light search", c, m) for row, c, m in zip(LEARNED, ink, "Dd")), ("exact dense", ink[3], "*"), ("exact dense, all views", ink[4], "P"), ("X-Pool over everything", ink[7], "X")]
     for name, colour, marker in marks:
-        if name in recall and (panel, name) in ms: ax.plot(ms[panel, name], recall[name], marker, color=colour, markersize=11 if marker == "*" else 8, label=name, linestyle="none", markeredgecolor="white")
+        if name in at and (panel, name) in ms: ax.plot(ms[panel, name], at[name]["value"], marker, color=colour, markersize=11 if marker == "*" else 8, label=name, linestyle="none", markeredgecolor="white")
 
 # %% ../../nbs/23g_study_grdr_figures.ipynb #5e913a78
 def draw_ablations(
